@@ -1,0 +1,126 @@
+"""One face for a checkpoint of any format: Hugging Face names, rotate-half RoPE order, one tensor at a time.
+
+A format module (hf, meta, ranks, gguf, llama2c) has `detect(path) -> bool` and `open_<format>(path) -> Source`. Whoever
+reads weights holds a `Source` and never learns which file a tensor came from.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from puna.errors import UserError
+from puna.model.llama import ModelConfig
+
+if TYPE_CHECKING:
+    from puna.text import Tokenizer
+
+FORMATS = ("hf", "ranks", "meta", "gguf", "llama2c")  # asked in this order
+
+Index = tuple[slice, ...]
+Reader = Callable[[str, Index | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What `Source.read` returns for a whole tensor; a quantised tensor has the dtype it dequantises to."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass
+class Source:
+    """An open checkpoint.
+
+    `hf_config` is the config.json that the native layout carries for it (transformers-4 keys with `torch_dtype` and the
+    token ids), `generation` its generation_config.json ({} when there is none). `tensors` is in model order. `files` are
+    all files that it was read from. `details` are facts of the format, for people. `config` describes the tensors as
+    they are; whether they are complete is `check_tensors`'s question.
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    generation: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: list[Path]
+    details: dict[str, Any]
+    reader: Reader
+    load_tokenizer: Callable[[], Tokenizer | None]
+    on_close: Callable[[], None] = lambda: None
+
+    def read(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """The tensor on the CPU, or `tensor[index]` of it. May be a view of a mapped file: don't write into it."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path} has no tensor {name}")
+        return self.reader(name, index)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the checkpoint carries, None when it carries none."""
+        return self.load_tokenizer()
+
+    def close(self) -> None:
+        self.on_close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
+    """Opens a checkpoint by path, Hub id or alias, in whatever format it is, and checks its tensors.
+
+    Raises `UserError` when there is no such checkpoint, its format isn't known, it isn't a LLaMA, or a tensor is missing,
+    unmapped or misshapen.
+    """
+    from puna.weights import hub
+
+    path = hub.resolve(ref, revision)
+    for name in FORMATS:
+        module = importlib.import_module(f"puna.weights.{name}")
+        if module.detect(path):
+            source: Source = getattr(module, f"open_{name}")(path)
+            try:
+                check_tensors(source)
+            except BaseException:
+                source.close()
+                raise
+            return source
+    raise UserError(
+        f"{path} is no checkpoint that puna reads: expected a directory with config.json and safetensors or .bin weights,"
+        " consolidated.*.pth with params.json, part_model/0 and on, a .gguf file, or a llama2.c .bin file"
+    )
+
+
+def check_tensors(source: Source) -> None:
+    """Raises `UserError` unless the tensors are exactly those that the config describes, in name and shape."""
+    expected = source.config.tensors()
+    actual = {name: info.shape for name, info in source.tensors.items()}
+    wrong = [f"{name} has shape {list(actual[name])}, the config says {list(shape)}"
+             for name, shape in expected.items() if name in actual and actual[name] != tuple(shape)]  # fmt: skip
+    problems = (
+        ("is missing", [name for name in expected if name not in actual]),
+        ("has tensors that a LLaMA doesn't:", [name for name in actual if name not in expected]),
+        ("doesn't fit its config:", wrong),
+    )
+    said = [f"{what} {_some(names)}" for what, names in problems if names]
+    if said:
+        raise UserError(f"{source.path} {', and '.join(said)}")
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
