@@ -1,0 +1,205 @@
+"""What a LLaMA model is, in numbers: read from and written to Hugging Face's config.json (keys of transformers 4 and 5).
+
+Torch-free, so that the command line can describe a checkpoint without paying for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from puna.errors import UserError
+
+# rope_type -> the keys it needs beside rope_theta, and those it may carry (transformers' modeling_rope_utils).
+ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+            "finetuned",
+        },
+    ),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Keys that change the mathematics, with the only values under which it is LLaMA's.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+    "num_local_experts": (None,),
+    "qk_layernorm": (False, None),
+    "use_qk_norm": (False, None),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None,),
+    "no_rope_layers": (None, []),
+    "no_rope_layer_interval": (None,),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a LLaMA model. Lengths are in tokens, sizes in elements.
+
+    `rope_scaling` is None (plain RoPE) or a dict with `rope_type` in linear, dynamic, yarn, llama3 and that type's keys.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for key in (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"config: {key} must be a whole number above 0, not {value!r}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim {self.head_dim} is odd, rotary embeddings need pairs.")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Read a config.json. Raises UserError, naming the key, for what is missing or not implemented."""
+        kind = config.get("model_type")
+        if kind != "llama":
+            said = f"model_type {kind!r}" if kind else f"architectures {config.get('architectures')!r} and no model_type"
+            raise UserError(f"config.json says {said}; puna implements model_type 'llama' only.")
+        for key in NEEDED:
+            if config.get(key) is None:
+                raise UserError(f"config.json lacks {key!r}, which every LLaMA model needs; add it from the model's source.")
+        for key, allowed in FIXED.items():
+            if config.get(key) not in allowed:
+                raise UserError(f"config.json asks for {key}={config[key]!r}, which puna does not implement.")
+        heads = config["num_attention_heads"]
+        if config.get("head_dim") is None and config["hidden_size"] % heads:
+            raise UserError(
+                f"config.json: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads};"
+                " set head_dim."
+            )
+        theta, scaling = _rope(config)
+        return cls(
+            **{key: config[key] for key in NEEDED},
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),  # transformers' default, LLaMA 1's value
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json of this shape in transformers 4's keys, which versions 4 and 5 both read.
+
+        The caller adds what the shape does not hold: `torch_dtype` and the token ids.
+        """
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": dict(self.rope_scaling) if self.rope_scaling else None,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that a checkpoint of this shape holds: Hugging Face name -> shape, in model order."""
+        d, ffn = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        linears = {
+            "self_attn.q_proj": (q, d, self.attention_bias),
+            "self_attn.k_proj": (kv, d, self.attention_bias),
+            "self_attn.v_proj": (kv, d, self.attention_bias),
+            "self_attn.o_proj": (d, q, self.attention_bias),
+            "mlp.gate_proj": (ffn, d, self.mlp_bias),
+            "mlp.up_proj": (ffn, d, self.mlp_bias),
+            "mlp.down_proj": (d, ffn, self.mlp_bias),
+        }
+        out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, d)}
+        for i in range(self.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            out[f"{layer}.input_layernorm.weight"] = (d,)
+            for name, (rows, columns, bias) in linears.items():
+                if name == "mlp.gate_proj":
+                    out[f"{layer}.post_attention_layernorm.weight"] = (d,)
+                out[f"{layer}.{name}.weight"] = (rows, columns)
+                if bias:
+                    out[f"{layer}.{name}.bias"] = (rows,)
+        out["model.norm.weight"] = (d,)
+        if not self.tie_word_embeddings:
+            out["lm_head.weight"] = (self.vocab_size, d)
+        return out
+
+    def num_parameters(self) -> int:
+        """Stored parameters (a tied output layer counts once)."""
+        total = 0
+        for shape in self.tensors().values():
+            total += shape[0] * (shape[1] if len(shape) > 1 else 1)
+        return total
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = dict(parameters or config.get("rope_scaling") or {})
+    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    if scaling.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise UserError("config.json asks for partial_rotary_factor, which puna does not implement.")
+    scaling = {key: value for key, value in scaling.items() if value is not None}
+    if kind == "default":
+        return theta, None
+    if kind not in ROPE_KEYS:
+        known = ", ".join(["default", *ROPE_KEYS])
+        raise UserError(f"config.json asks for RoPE type {kind!r}, which puna does not implement; it knows {known}.")
+    needed, optional = ROPE_KEYS[kind]
+    if missing := needed - scaling.keys():
+        raise UserError(f"config.json: RoPE type {kind!r} lacks {', '.join(sorted(missing))}.")
+    if unknown := scaling.keys() - needed - optional:
+        raise UserError(f"config.json: RoPE type {kind!r} has unknown keys {', '.join(sorted(unknown))}.")
+    return theta, {"rope_type": kind, **scaling}

@@ -1,0 +1,177 @@
+"""The LLaMA decoder. It knows nothing of ranks, pages, quantisation or adapters; those are put into it from outside.
+
+Leading dimensions are free: [B, T] tokens in training, [N] tokens of many sequences in serving. `attend` owns masks and
+caches. Modules carry Hugging Face's names and rotate-half RoPE, so that importing a checkpoint is `removeprefix("model.")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puna.model.attend import Attend
+from puna.model.config import ModelConfig
+from puna.model.linear import Linear
+from puna.model.rope import cos_sin, rope_frequencies, rotate
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), accumulated in float32 or better."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """Token ids [...] -> vectors [..., hidden]. `first` is the first id held here when the vocabulary is split."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.first: int | None = None
+        self.leave: Callable[[Tensor], Tensor] = identity
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.first is None:
+            return F.embedding(ids, self.weight)
+        local = ids - self.first
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        x = F.embedding(local.masked_fill(outside, 0), self.weight)
+        return self.leave(x.masked_fill(outside.unsqueeze(-1), 0))
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention. Head counts follow from the weights, so that a rank's slice needs no other code.
+
+    `enter` and `leave` bracket the region whose weights may be split: identity until a parallel layout sets them.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        d, head, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.layer, self.head_dim = layer, head
+        self.q_proj = Linear(d, config.num_attention_heads * head, bias)
+        self.k_proj = Linear(d, config.num_key_value_heads * head, bias)
+        self.v_proj = Linear(d, config.num_key_value_heads * head, bias)
+        self.o_proj = Linear(config.num_attention_heads * head, d, bias)
+        self.qkv_proj: Linear | None = None  # set by build.fuse, which then removes the three
+        self.kv_heads = config.num_key_value_heads  # read only when fused
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.leave: Callable[[Tensor], Tensor] = identity
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = self.enter(x)
+        if self.qkv_proj is None:
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        else:
+            qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+            turned = qkv.shape[-2] - self.kv_heads
+            qk, v = qkv.split((turned, self.kv_heads), -2)
+            q, k = rotate(qk, cos, sin).split((turned - self.kv_heads, self.kv_heads), -2)
+        o = attend(self.layer, q, k, v)
+        return self.o_proj.add_bias(self.leave(self.o_proj.product(o.flatten(-2))))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj, self.up_proj = Linear(d, ffn, bias), Linear(d, ffn, bias)
+        self.down_proj = Linear(ffn, d, bias)
+        self.gate_up_proj: Linear | None = None  # set by build.fuse, which then removes the two
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.leave: Callable[[Tensor], Tensor] = identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj.add_bias(self.leave(self.down_proj.product(F.silu(gate) * up)))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and MLP, each on a normed copy, added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Embedding, blocks keyed by their global index, norm, output layer. Parameters are uninitialised until loaded."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_hidden_layers)})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.gather: Callable[[Tensor], Tensor] = identity  # joins the logits of a split vocabulary
+        self.rope_length: int | None = None
+        self._frequencies: dict[tuple, tuple[Tensor, float]] = {}  # (length, device, dtype) -> rope_frequencies
+        self.tie()
+
+    def tie(self) -> None:
+        """Share the output layer's weight with the embedding where the config says so; call again after loading."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def fix_rope(self, length: int) -> None:
+        """Fix the base of `dynamic` RoPE for sequences of up to `length` tokens.
+
+        Its angles depend on the length of a forward; keys that are cached must not change when the sequence grows.
+        """
+        self.rope_length = length
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., 1, head_dim] for positions [...], in float32 (float64 for a float64 model)."""
+        length = self.rope_length
+        if length is None and (self.config.rope_scaling or {}).get("rope_type") == "dynamic":
+            length = int(positions.max()) + 1
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        key = (length, positions.device, precision)
+        if key not in self._frequencies:
+            frequencies, factor = rope_frequencies(self.config, length)
+            self._frequencies = {key: (frequencies.to(positions.device, precision), factor)}
+        return cos_sin(*self._frequencies[key], positions)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Token ids [...] and positions [...] -> hidden states [..., hidden] after the last norm.
+
+        On a later pipeline stage x is the hidden states of the one before; a stage lacks `embed_tokens` or `norm`.
+        """
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        cos, sin = self.rope(positions, x.dtype)
+        for block in self.layers.values():
+            x = block(x, cos, sin, attend)
+        return x if self.norm is None else self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., hidden] -> logits [..., vocab], apart from `forward` so that only needed rows are made."""
+        return self.gather(self.lm_head(hidden))
