@@ -1,0 +1,1 @@
+"""Generation: paged cache, continuous batching, sampling."""

@@ -1,0 +1,197 @@
+"""What one request asks of generation, checked once so that nothing behind it needs to check again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from puna.errors import UserError, nearest
+
+# name -> (whole number?, lowest, highest, is the lowest itself excluded?)
+_RANGES: dict[str, tuple[bool, float, float, bool]] = {
+    "max_tokens": (True, 1, math.inf, False),
+    "min_tokens": (True, 0, math.inf, False),
+    "n": (True, 1, math.inf, False),
+    "temperature": (False, 0, math.inf, False),
+    "top_k": (True, 0, math.inf, False),
+    "top_p": (False, 0, 1, True),
+    "min_p": (False, 0, 1, False),
+    "typical_p": (False, 0, 1, True),
+    "repetition_penalty": (False, 0, math.inf, True),
+    "presence_penalty": (False, -2, 2, False),
+    "frequency_penalty": (False, -2, 2, False),
+    "seed": (True, 0, 2**64 - 1, False),
+    "logprobs": (True, 0, math.inf, False),
+    "prompt_logprobs": (True, 0, math.inf, False),
+    "num_beams": (True, 1, math.inf, False),
+    "length_penalty": (False, -math.inf, math.inf, False),
+}
+_FLAGS = ("ignore_eos", "include_stop", "skip_special_tokens")
+
+# generation_config.json (transformers) -> SamplingParams, where the names differ
+_HF_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+}
+_HF_SAME = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    Raises UserError for a value out of its range and for values that contradict each other.
+    """
+
+    max_tokens: int | None = None  # new tokens; None = up to the context
+    min_tokens: int = 0  # end tokens are banned before this many
+    n: int = 1  # completions of the prompt
+    temperature: float = 0.0  # 0 = greedy
+    top_k: int = 0  # 0 (or -1) = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output, CTRL (arXiv:1909.05858)
+    presence_penalty: float = 0.0  # over the output, as in the OpenAI API
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False  # keep the stop string in the text
+    logprobs: int | None = None  # alternatives per output token; 0 = only the chosen token's
+    prompt_logprobs: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False  # False, True or "never", as in transformers
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # the dataclass is frozen; JSON spellings become one spelling here
+        if self.top_k == -1:
+            set_(self, "top_k", 0)
+        for name, limits in _RANGES.items():
+            _check_range(name, getattr(self, name), *limits)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise UserError(f"stop must be a string or a list of non-empty strings, not {list(self.stop)!r}.")
+        set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        if not all(_is_int(t) and t >= 0 for t in self.stop_token_ids):
+            raise UserError(f"stop_token_ids must be token ids, not {list(self.stop_token_ids)!r}.")
+        if self.logit_bias is not None:
+            set_(self, "logit_bias", _bias(self.logit_bias))
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise UserError(f'early_stopping must be true, false or "never", not {self.early_stopping!r}.')
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UserError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it.")
+        if self.num_beams == 1:
+            if self.n > 1 and self.greedy:
+                raise UserError(f"n = {self.n} greedy completions would all be the same; set temperature or num_beams.")
+            return
+        if self.n > self.num_beams:
+            raise UserError(f"n = {self.n} is more than num_beams = {self.num_beams}; raise num_beams.")
+        if self.stop:
+            raise UserError("stop strings don't work with beam search; use stop_token_ids, or num_beams = 1.")
+        if self.logprobs:
+            raise UserError("beam search reports the chosen tokens only; set logprobs to 0, or num_beams to 1.")
+
+    @cached_property
+    def greedy(self) -> bool:
+        """True when the likeliest token is taken; a temperature below 1e-5 could only overflow."""
+        return self.temperature < 1e-5
+
+    @cached_property
+    def reshaped(self) -> bool:
+        """True when bias, penalties or a minimum length may change the logits before the draw."""
+        return bool(self.logit_bias or self.min_tokens) or (
+            (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        )
+
+    @cached_property
+    def plain(self) -> bool:
+        """True when the argmax of the raw logits is all there is to do."""
+        return self.greedy and not self.reshaped and self.logprobs is None
+
+    def merged(self, over: Mapping[str, Any]) -> SamplingParams:
+        """A copy with the values of `over`, for which None means "not given"; an unknown name is a UserError."""
+        known = [f.name for f in fields(self)]
+        for name in over:
+            if name not in known:
+                raise UserError(f"there is no sampling option {name!r}{nearest(name, known)}")
+        return replace(self, **{name: value for name, value in over.items() if value is not None})
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any], **over: Any) -> SamplingParams:
+        """The defaults that a checkpoint's generation_config.json asks for, with `over` on top.
+
+        `do_sample` false or absent means greedy whatever the temperature, as in transformers. A filter that the file
+        doesn't name is off (transformers would still cut at top_k = 50, vLLM would not). `max_length` is left out: it
+        counts the prompt, and files carry the context length there. End tokens belong to the tokenizer.
+        """
+        given = {_HF_NAMES.get(name, name): config.get(name) for name in (*_HF_NAMES, *_HF_SAME)}
+        if not config.get("do_sample"):
+            given["temperature"] = None
+        elif given["temperature"] is None:
+            given["temperature"] = 1.0
+        given.update({name: value for name, value in over.items() if value is not None})
+        return cls().merged(given)
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise UserError when logit_bias names a token that the vocabulary doesn't have."""
+        for token in self.logit_bias or ():
+            if token >= vocab_size:
+                raise UserError(f"logit_bias names token {token}, but the vocabulary ends at {vocab_size - 1}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_range(name: str, value: Any, whole: bool, low: float, high: float, open_low: bool) -> None:
+    if value is None and name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
+        return
+    number = _is_int(value) or (not whole and isinstance(value, float) and math.isfinite(value))
+    if number and low <= value <= high and not (open_low and value == low):
+        return
+    bounds = "" if math.isinf(low) else f" {'above' if open_low else 'of at least'} {low}"
+    bounds += "" if math.isinf(high) else f"{' and' if bounds else ''} at most {high}"
+    raise UserError(f"{name} must be a {'whole ' if whole else ''}number{bounds}, not {value!r}.")
+
+
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    raise UserError(f"{name} must be a list, not {value!r}.")
+
+
+def _bias(value: Any) -> dict[int, float]:
+    """JSON has string keys only, so "50" names token 50."""
+    try:
+        bias = {int(token): float(amount) for token, amount in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"logit_bias must map token ids to numbers, not {value!r}.") from None
+    if any(token < 0 for token in bias) or not all(math.isfinite(amount) for amount in bias.values()):
+        raise UserError(f"logit_bias must map token ids to finite numbers, not {value!r}.")
+    return bias
