@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from puna.errors import UserError
-from puna.model.llama import ModelConfig
 
 if TYPE_CHECKING:
+    from puna.model.config import ModelConfig
     from puna.text import Tokenizer
 
 FORMATS = ("hf", "ranks", "meta", "gguf", "llama2c")  # asked in this order
