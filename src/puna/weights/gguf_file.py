@@ -1,0 +1,182 @@
+"""The GGUF container: header, metadata and tensor index of a memory-mapped file, with nothing in it trusted.
+
+Every count, length and offset is held against the size of the file before it is used, so that a truncated or hostile
+file gives one sentence and costs no memory. The gguf package's own reader does neither, and makes numpy arrays of every
+string (seconds and hundreds of megabytes for a vocabulary of 128k); its tables of types and its dequantisation are used
+as they are. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from puna.errors import UserError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # where general.alignment doesn't say otherwise
+
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?", 10: "<Q", 11: "<q",
+           12: "<d"}  # fmt: skip
+TENSOR_ENTRY_BYTES = 8 + 4 + 4 + 8  # the least that a tensor takes in the index: name length, dimensions, type, offset
+FIELD_BYTES = 8 + 4 + 1
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor as stored. `shape` is in row-major order (GGUF writes it reversed), `offset` is from the file's start,
+    `block` elements of a row are stored in `block_bytes` bytes."""
+
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    block: int
+    block_bytes: int
+    data: np.memmap
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) // self.block * self.block_bytes
+
+    def rows(self) -> np.ndarray:
+        """The stored bytes, uint8 [rows, bytes of a row], mapped. A vector is as many rows of one element."""
+        whole = self.data[self.offset : self.offset + self.nbytes]
+        return whole.reshape(self.shape[0] if len(self.shape) == 1 else math.prod(self.shape[:-1]), -1)
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    path: Path
+    version: int
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that starts as a GGUF file does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Reads metadata and tensor index, maps the data. Raises `UserError` for anything but a whole GGUF file."""
+    if not is_gguf(path):
+        raise UserError(f"{path} is not a GGUF file: it doesn't start with {MAGIC.decode()}")
+    cursor = _Cursor(path)
+    cursor.offset = len(MAGIC)
+    version = cursor.scalar(UINT32)
+    if version not in VERSIONS:
+        kind = "big-endian GGUF" if version & 0xFFFF == 0 else f"GGUF version {version}"
+        raise UserError(f"{path} is {kind}, puna reads little-endian versions 2 and 3: convert it again with llama.cpp")
+    tensor_count = cursor.count(TENSOR_ENTRY_BYTES, "tensors")
+    field_count = cursor.count(FIELD_BYTES, "metadata fields")
+
+    metadata: dict[str, Any] = {}
+    for _ in range(field_count):
+        key = cursor.string()
+        if key in metadata:
+            cursor.fail(f"metadata key {key} stands in it twice")
+        metadata[key] = cursor.value(cursor.scalar(UINT32))
+
+    entries = [_tensor_entry(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        cursor.fail(f"its alignment is {alignment}")
+    start = -(-cursor.offset // alignment) * alignment
+
+    tensors: dict[str, GGUFTensor] = {}
+    for name, shape, type_id, offset in entries:
+        if name in tensors:
+            cursor.fail(f"tensor {name} stands in it twice")
+        tensors[name] = _tensor(cursor, name, shape, type_id, start + offset)
+    return GGUFFile(path, version, metadata, tensors)
+
+
+def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.string()
+    dimensions = cursor.scalar(UINT32)
+    if not 1 <= dimensions <= 4:
+        cursor.fail(f"tensor {name} has {dimensions} dimensions")
+    shape = tuple(cursor.scalar(10) for _ in range(dimensions))[::-1]
+    return name, shape, cursor.scalar(UINT32), cursor.scalar(10)
+
+
+def _tensor(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, offset: int) -> GGUFTensor:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        kind = GGMLQuantizationType(type_id)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise UserError(
+            f"{cursor.path}: tensor {name} has type {type_id}, which the installed gguf package doesn't know;"
+            " update it with pip install -U gguf"
+        ) from None
+    if 0 in shape or shape[-1] % block:
+        cursor.fail(f"tensor {name} of shape {list(shape)} can't be stored as {kind.name}")
+    tensor = GGUFTensor(shape, kind.name, offset, block, block_bytes, cursor.data)
+    if offset + tensor.nbytes > cursor.size:
+        cursor.fail(f"tensor {name} ends {offset + tensor.nbytes - cursor.size:,} bytes behind the end of the file")
+    return tensor
+
+
+class _Cursor:
+    """Reads a mapped file front to back and refuses to leave it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+        self.data = np.memmap(path, dtype=np.uint8, mode="r")
+        self.size = len(self.data)
+
+    def fail(self, what: str) -> NoReturn:
+        raise UserError(f"{self.path} is damaged, {what}: fetch or convert it again")
+
+    def take(self, size: int) -> memoryview:
+        if size > self.size - self.offset:
+            self.fail("it ends in the middle of its header")
+        self.offset += size
+        return memoryview(self.data)[self.offset - size : self.offset]
+
+    def scalar(self, kind: int) -> Any:
+        layout = SCALARS[kind]
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def count(self, least: int, of: str) -> int:
+        """A count of things that take at least `least` bytes each, which must fit the rest of the file."""
+        number = self.scalar(10)
+        if number > (self.size - self.offset) // least:
+            self.fail(f"it says that it has {number:,} {of}")
+        return int(number)
+
+    def string(self) -> str:
+        raw = self.take(self.scalar(10))
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            self.fail("a string in its header isn't UTF-8")
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.scalar(kind)
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            self.fail(f"its metadata has a value of type {kind}")
+        item = self.scalar(UINT32)
+        if item == STRING:
+            return [self.string() for _ in range(self.count(8, "strings in an array"))]
+        if item not in SCALARS:
+            self.fail(f"its metadata has an array of type {item}")
+        layout = np.dtype(SCALARS[item])
+        items = self.count(layout.itemsize, "items in an array")
+        return np.frombuffer(self.take(items * layout.itemsize), layout).tolist()
