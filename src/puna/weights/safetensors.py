@@ -66,7 +66,7 @@ def open_file(path: Path) -> Mapped:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise UserError(f"{path} is not a safetensors file, or cut off: its header of {length:,} bytes is impossible")
+            raise UserError(f"{path} is cut off or no safetensors file: its header of {length:,} bytes is impossible")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -112,4 +112,4 @@ def write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[st
             tensor = read(name)
             if tuple(tensor.shape) != tensors[name].shape or tensor.dtype != tensors[name].dtype:
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {tensors[name]}")
-            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

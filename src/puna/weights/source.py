@@ -7,7 +7,9 @@ reads weights holds a `Source` and never learns which file a tensor came from.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,10 +44,9 @@ class TensorInfo:
 class Source:
     """An open checkpoint.
 
-    `hf_config` is the config.json that the native layout carries for it (transformers-4 keys with `torch_dtype` and the
-    token ids), `generation` its generation_config.json ({} when there is none). `tensors` is in model order. `files` are
-    all files that it was read from. `details` are facts of the format, for people. `config` describes the tensors as
-    they are; whether they are complete is `check_tensors`'s question.
+    `hf_config` is the config.json that the native layout carries for it (transformers-4 keys with `torch_dtype` and
+    the token ids), `generation` its generation_config.json ({} when there is none). `tensors` is in model order.
+    `files` are all files that it was read from. `details` are facts of the format, for people.
     """
 
     path: Path
@@ -83,8 +84,8 @@ class Source:
 def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
     """Opens a checkpoint by path, Hub id or alias, in whatever format it is, and checks its tensors.
 
-    Raises `UserError` when there is no such checkpoint, its format isn't known, it isn't a LLaMA, or a tensor is missing,
-    unmapped or misshapen.
+    Raises `UserError` when there is no such checkpoint, its format isn't known, it isn't a LLaMA, or a tensor is
+    missing, unmapped or misshapen.
     """
     from puna.weights import hub
 
@@ -100,8 +101,8 @@ def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
                 raise
             return source
     raise UserError(
-        f"{path} is no checkpoint that puna reads: expected a directory with config.json and safetensors or .bin weights,"
-        " consolidated.*.pth with params.json, part_model/0 and on, a .gguf file, or a llama2.c .bin file"
+        f"{path} is no checkpoint that puna reads: that is a directory with config.json and safetensors or .bin"
+        " weights, consolidated.*.pth with params.json, part_model/0 and on, a .gguf or a llama2.c .bin file"
     )
 
 
@@ -111,14 +112,48 @@ def check_tensors(source: Source) -> None:
     actual = {name: info.shape for name, info in source.tensors.items()}
     wrong = [f"{name} has shape {list(actual[name])}, the config says {list(shape)}"
              for name, shape in expected.items() if name in actual and actual[name] != tuple(shape)]  # fmt: skip
+    weird = [f"{name} is {info.dtype}" for name, info in source.tensors.items()
+             if not info.dtype.is_floating_point or info.dtype.itemsize < 2]  # fmt: skip
     problems = (
         ("is missing", [name for name in expected if name not in actual]),
         ("has tensors that a LLaMA doesn't:", [name for name in actual if name not in expected]),
         ("doesn't fit its config:", wrong),
+        ("is quantised in a way that puna doesn't read:", weird),
     )
     said = [f"{what} {_some(names)}" for what, names in problems if names]
     if said:
         raise UserError(f"{source.path} {', and '.join(said)}")
+
+
+def in_model_order(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """`tensors` from the embedding to the output layer, those that the config doesn't know at the end."""
+    order = {name: position for position, name in enumerate(config.tensors())}
+    return dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype that most bytes are in, as config.json's `torch_dtype` spells it."""
+    sizes: Counter[torch.dtype] = Counter()
+    for info in tensors.values():
+        sizes[info.dtype] += info.nbytes
+    return str(sizes.most_common(1)[0][0] if sizes else torch.float32).removeprefix("torch.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; `UserError` when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it isn't JSON; fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; fetch it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -14,8 +14,8 @@ from puna.errors import UserError
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
-    """The state dict in the file. Its tensors are views of the mapped file, except in torch's old, unzipped format, which
-    is read whole.
+    """The state dict in the file. Its tensors are views of the mapped file, except in torch's old, unzipped format,
+    which is read whole.
 
     Raises `UserError` for a damaged file, and for one whose pickle wants anything but tensors: that could run code.
     """
