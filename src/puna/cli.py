@@ -1,0 +1,125 @@
+"""`puna VERB`: finds the verb's function, and turns whatever happens into one sentence and an exit code.
+
+0 done, 2 the user can put it right, 1 a defect of puna, 130 Ctrl-C. No --help imports torch: options live in
+`puna.options`, the functions are imported when they are called.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module, metadata
+
+from puna import config, options
+from puna.errors import UserError, nearest
+
+# verb -> (its options, where its function is, what it does)
+VERBS: dict[str, tuple[type, str, str]] = {
+    "pull": (options.PullOptions, "puna.weights.hub:run", "fetch a model into the local cache"),
+    "info": (options.InfoOptions, "puna.info:run", "say what a checkpoint is"),
+    "convert": (options.ConvertOptions, "puna.convert:run", "turn a checkpoint into another format, and prove it"),
+    "verify": (options.VerifyOptions, "puna.verify:run", "compare two checkpoints of any format"),
+    "chat": (options.ChatOptions, "puna.chat:run", "talk with a model"),
+    "generate": (options.GenerateOptions, "puna.generate:run", "complete one prompt or thousands"),
+    "bench latency": (options.LatencyOptions, "puna.bench.latency:run", "time prefill and decode"),
+    "bench throughput": (options.ThroughputOptions, "puna.bench.throughput:run", "time a queue of requests"),
+    "demo": (options.DemoOptions, "puna.demo:run", "the main job on real weights, in about a minute"),
+}
+HELP = ("-h", "--help", "help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    rank = os.environ.get("RANK", "0")
+    name = "puna" if rank == "0" else f"puna (rank {rank})"
+    if rank != "0":  # under torchrun all ranks compute, one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+    trace = bool(os.environ.get("PUNA_TRACEBACK"))
+    if "--traceback" in words:
+        words.remove("--traceback")
+        trace = True
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of stdout left, as `head` does; that is no one's mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if trace:
+            traceback.print_exc()
+        sentence = _users_own(error)
+        if sentence:
+            print(f"{name}: {sentence}", file=sys.stderr)
+            return 2
+        print(
+            f"{name}: internal error, {type(error).__name__}: {str(error).strip() or 'no message'}"
+            + ("" if trace else " (PUNA_TRACEBACK=1 shows where; please report it)"),
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        print(_overview(), file=sys.stderr)
+        return 2
+    verb, *rest = words
+    if verb in HELP:
+        print(_overview())
+        return 0
+    if verb == "--version":
+        print(f"puna {_version()}")
+        return 0
+    kinds = [name.split()[1] for name in VERBS if name.startswith(f"{verb} ")]
+    if kinds and rest[:1] and rest[0] in HELP:
+        print(_overview(verb))
+        return 0
+    if kinds:
+        if not rest or rest[0] not in kinds:
+            hint = nearest(rest[0], kinds) if rest else ""
+            raise UserError(f"puna {verb} needs {' or '.join(kinds)} as its first word{hint} (see puna {verb} --help)")
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
+    if verb not in VERBS:
+        raise UserError(f"puna has no verb {verb!r}{nearest(verb, VERBS)} (see puna --help)")
+    kind, place, _ = VERBS[verb]
+    try:
+        chosen = config.parse(verb, kind, rest)
+    except SystemExit:  # --help and --print-config have printed what was asked for
+        return 0
+    module, function = place.split(":")
+    return getattr(import_module(module), function)(chosen) or 0
+
+
+def _overview(group: str = "") -> str:
+    lines = ["usage: puna VERB [options]", "", "LLaMA checkpoints through their whole life.", ""]
+    lines += [f"  {verb:<18}{line}" for verb, (_, _, line) in VERBS.items() if verb.startswith(group)]
+    return "\n".join([*lines, "", "puna VERB --help shows a verb's options with examples; puna --version the version."])
+
+
+def _version() -> str:
+    try:
+        return metadata.version("puna")
+    except metadata.PackageNotFoundError:
+        return "(not installed, run from its source)"
+
+
+def _users_own(error: Exception) -> str | None:
+    """The sentence for an error that the user can put right, None for a defect of puna."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full{f' at {error.filename}' if error.filename else ''}: free some space and run again"
+    if isinstance(error, (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return f"cannot use {error.filename}: {error.strerror}"
+    # torch raises OutOfMemoryError on a GPU and a plain RuntimeError on the CPU
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+        return "out of memory: lower --kv-tokens, --max-model-len or --max-batch-tokens, or take a smaller --dtype"
+    return None

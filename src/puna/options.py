@@ -1,0 +1,231 @@
+"""The command line's vocabulary: every verb's options, one name and one meaning for all verbs. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from puna.config import argument, option
+
+MODEL = "path, Hugging Face id (org/name) or alias (smollm2-135m-instruct) of a checkpoint"
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """How the model is loaded."""
+
+    model: str = argument(MODEL)
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU when there is one")
+    dtype: Dtype = option("auto", "data type of the weights in memory; auto is the checkpoint's own")
+    weights: Literal["auto", "random"] = option("auto", "random: no weights are read, to time any size")
+    template: str | None = option(None, "chat template: a built-in (chatml, llama2, alpaca, vicuna) or a Jinja file")
+    max_model_len: int | None = option(None, "longest prompt plus answer, in tokens; the config's own when not given")
+    kv_tokens: int | None = option(None, "tokens that the KV cache holds; sized from free memory when not given")
+    max_batch_tokens: int = option(2048, "tokens computed in one step, prompts and answers together")
+    max_num_seqs: int = option(256, "sequences that run at once")
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen. What is not given comes from generation_config.json, else greedy."""
+
+    max_tokens: int | None = option(None, "most tokens in an answer; up to the context when not given")
+    min_tokens: int | None = option(None, "no end token before this many")
+    temperature: float | None = option(None, "0 is greedy; 1 samples the model's own distribution")
+    top_p: float | None = option(None, "sample among the likeliest tokens that together reach this probability")
+    top_k: int | None = option(None, "sample among this many likeliest tokens; 0 is all")
+    min_p: float | None = option(None, "drop tokens less likely than this fraction of the likeliest")
+    typical_p: float | None = option(None, "locally typical sampling, 1 is off")
+    repetition_penalty: float | None = option(None, "above 1 makes tokens that occurred less likely")
+    presence_penalty: float | None = option(None, "subtracted once from tokens of the answer so far")
+    frequency_penalty: float | None = option(None, "subtracted per occurrence from tokens of the answer so far")
+    logit_bias: dict[int, float] | None = option(None, "added to the logits of token ids, as in '{13: -100}'")
+    seed: int | None = option(None, "makes sampling repeatable")
+    stop: tuple[str, ...] | None = option(None, "end the answer before this text; repeat for several")
+    stop_token_ids: tuple[int, ...] | None = option(None, "end the answer at any of these token ids")
+    ignore_eos: bool | None = option(None, "true: go on past the end token, to time fixed lengths")
+    n: int | None = option(None, "answers per prompt")
+    num_beams: int | None = option(None, "beam search with this many beams; 1 is off")
+    length_penalty: float | None = option(None, "beam search: above 0 prefers longer answers")
+    early_stopping: bool | Literal["never"] | None = option(None, "beam search: when to stop looking for better")
+    logprobs: int | None = option(None, "give the log-probability of each token, and of this many likeliest")
+    prompt_logprobs: int | None = option(None, "the same for the tokens of the prompt")
+
+
+@dataclass(kw_only=True)
+class PullOptions:
+    """Fetch a model into the local cache and print where it is.
+
+    Examples:
+      puna pull smollm2-135m-instruct
+      puna pull meta-llama/Llama-3.2-1B-Instruct --revision main
+    """
+
+    model: str = argument("an alias (smollm2-135m-instruct) or a Hugging Face id (org/name)")
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+
+
+@dataclass(kw_only=True)
+class InfoOptions:
+    """Say what a checkpoint is: format, shape, data types, tokenizer, template, size in memory.
+
+    Examples:
+      puna info smollm2-135m-instruct
+      puna info ./my-model --json
+    """
+
+    model: str = argument(MODEL)
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+    json: bool = option(False, "print JSON")
+
+
+@dataclass(kw_only=True)
+class ConvertOptions:
+    """Turn a checkpoint of any format into another, tensor by tensor, and prove the result against its source.
+
+    Reads Hugging Face directories (safetensors, .bin), Meta consolidated.*.pth, directories of pre-split ranks, GGUF
+    and llama2.c .bin. A conversion that is stopped leaves nothing behind.
+
+    Examples:
+      puna convert smollm2-135m-instruct smollm2 --to hf --dtype bfloat16
+      puna convert smollm2 smollm2-q8_0.gguf --to gguf --dtype q8_0
+      puna convert smollm2 smollm2-ranks --to ranks --ranks 3
+    """
+
+    src: str = argument(MODEL)
+    dst: Path = argument("what to write: a directory, or for gguf a file")
+    to: Literal["hf", "gguf", "meta", "ranks"] = option(MISSING, "format to write")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = option(
+        "auto", "data type to write; auto keeps each tensor's own; q8_0 for gguf only"
+    )
+    ranks: int = option(1, "meta, ranks: how many files or directories to split over")
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+    proof: bool = option(True, "compare the result with its source; --no-proof leaves it out")
+
+
+@dataclass(kw_only=True)
+class VerifyOptions:
+    """Compare two checkpoints in any two formats: config, tokenizer, every tensor, logits of probe prompts.
+
+    Names the first layer that differs. Exit code 0 when they agree, 1 when they don't.
+
+    Examples:
+      puna verify smollm2-135m-instruct smollm2
+      puna verify smollm2 smollm2-q8_0.gguf
+    """
+
+    a: str = argument(MODEL)
+    b: str = argument("the other checkpoint")
+
+
+@dataclass(kw_only=True)
+class ChatOptions(ModelOptions, SamplingOptions):
+    """Talk with a model. The answer streams to stdout, everything else goes to stderr.
+
+    In the chat: q, quit or exit leave; clear or new start over; /system TEXT sets the system message; /help lists
+    these. Lines may be piped in. A chat that outgrows the context drops its oldest turns and says so.
+
+    Examples:
+      puna chat smollm2-135m-instruct
+      puna chat ./my-model --system "Answer in one line." --temperature 0.7 --top-p 0.9
+      echo "What is the capital of France?" | puna chat smollm2-135m-instruct
+    """
+
+    system: str | None = option(None, "system message; the template's own when not given")
+    verbose: bool = option(False, "say after each answer how many tokens it took and how fast they came")
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(ModelOptions, SamplingOptions):
+    """Complete one prompt or thousands: arguments, a text file with one prompt a line, JSONL, or stdin.
+
+    A JSONL row is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, with an optional "id", an
+    optional "metadata" that comes out as it went in, and the row's own values for the options of how tokens are chosen.
+    JSONL goes in and JSONL comes out, in the same order: {"index", "id", "choices", "usage"}, or {"index", "id",
+    "error"} for a bad row, and the rest goes on. With --out, a second run skips the rows that are already there.
+
+    Examples:
+      puna generate smollm2-135m-instruct "The capital of France is" --max-tokens 16
+      puna generate smollm2-135m-instruct --chat "Name three llamas." --n 2 --temperature 0.8 --seed 1
+      puna generate smollm2-135m-instruct --file prompts.txt --max-tokens 64
+      puna generate smollm2-135m-instruct --file prompts.jsonl --out answers.jsonl
+      puna generate smollm2-135m-instruct --file - --jsonl < prompts.jsonl > answers.jsonl
+    """
+
+    prompt: tuple[str, ...] = argument("prompts; without any and without --file, all of stdin is one", default=())
+    file: str | None = option(None, "prompts: a .jsonl file, a text file with one a line, or - for stdin")
+    jsonl: bool = option(False, "--file is JSONL whatever its name, and JSONL is printed")
+    out: Path | None = option(None, "write JSONL here; rows that it already holds are not generated again")
+    chat: bool = option(False, "a prompt is a user's message: apply the chat template")
+    system: str | None = option(None, "system message of --chat")
+
+
+@dataclass(kw_only=True)
+class BenchOptions(ModelOptions):
+    """What is timed."""
+
+    model: str = argument(MODEL + "; with --weights random also a preset (llama2-7b, llama3.1-8b ...)")
+    input_len: tuple[int, ...] = option((128, 512), "prompt lengths in tokens")
+    output_len: tuple[int, ...] = option((64,), "answer lengths in tokens")
+    batch_size: tuple[int, ...] = option((1, 4, 16), "requests at once")
+    seed: int = option(0, "of the random prompts and weights")
+    json: Path | None = option(None, "also write the table as JSON")
+    plot: Path | None = option(None, "also draw the table as a PNG")
+
+
+@dataclass(kw_only=True)
+class LatencyOptions(BenchOptions):
+    """Time prefill and decode apart over a grid of prompt lengths, answer lengths and batch sizes; medians.
+
+    Decode is also given as a share of the memory bandwidth that a plain read reaches on the same device.
+
+    Examples:
+      puna bench latency smollm2-135m-instruct --input-len 128,512 --output-len 64 --batch-size 1,4
+      puna bench latency tiny --weights random --input-len 64 --json times.json --plot times.png
+    """
+
+    warmup: int = option(1, "untimed rounds before the timed ones")
+    repeats: int = option(3, "timed rounds")
+
+
+@dataclass(kw_only=True)
+class ThroughputOptions(BenchOptions):
+    """Time a queue of requests, --batch-size of them at once: requests/s, tokens/s, percentiles of the latency.
+
+    Lengths come from the grid, or from the conversations of a ShareGPT-style file:
+    [{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}].
+
+    Examples:
+      puna bench throughput smollm2-135m-instruct --input-len 128 --output-len 64 --num-prompts 32
+      puna bench throughput smollm2-135m-instruct --dataset conversations.json --batch-size 16
+    """
+
+    num_prompts: int = option(64, "requests per line of the table")
+    dataset: Path | None = option(None, "a ShareGPT-style JSON file; its lengths replace the grid")
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    """The main job on real weights: import a GGUF, prove it, chat, generate a batch, time it. About a minute.
+
+    Examples:
+      puna demo
+      puna demo --model smollm2-135m-instruct --out demo
+    """
+
+    model: str = option("smollm2-135m-instruct", "the checkpoint that the demo imports")
+    out: Path = option(Path("demo"), "folder for the imported checkpoint, the answers and the plot")
+
+
+def sampling(options: SamplingOptions) -> dict[str, Any]:
+    """The sampling options that were given; the rest is the checkpoint's to decide."""
+    given = {entry.name: getattr(options, entry.name) for entry in fields(SamplingOptions)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def loading(options: ModelOptions) -> dict[str, Any]:
+    """`LLM`'s keyword arguments."""
+    return {entry.name: getattr(options, entry.name) for entry in fields(ModelOptions)}
