@@ -13,7 +13,8 @@ import torch
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.weights.gguf_file import GGUFTensor, is_gguf, read_gguf
-from puna.weights.gguf_map import config_from, hf_name, interleaved, rope_heads
+from puna.weights.gguf_map import config_from, hf_name
+from puna.weights.rope_order import is_rotated, to_halves
 from puna.weights.source import Index, Source, TensorInfo
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def open_gguf(path: Path) -> Source:
     infos = {name: TensorInfo(tensor.shape, _dtype(tensor, main)) for name, tensor in tensors.items()}
 
     def read(name: str, index: Index | None) -> torch.Tensor:
-        return _read(tensors[name], index, rope_heads(name, config)).to(infos[name].dtype)
+        return _read(tensors[name], index, config.head_dim if is_rotated(name) else None).to(infos[name].dtype)
 
     tokens = _special_tokens(metadata)
     return Source(
@@ -80,17 +81,18 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _read(tensor: GGUFTensor, index: Index | None, heads: int | None) -> torch.Tensor:
+def _read(tensor: GGUFTensor, index: Index | None, head_dim: int | None) -> torch.Tensor:
     """`tensor[index]`, touching only its rows and, within them, the blocks that hold its columns.
 
-    With `heads`, the rows are taken from interleaved RoPE order into halves.
+    With `head_dim`, the rows are taken from the RoPE order of neighbours into that of halves.
     """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
     stored = tensor.rows()
     row_slice, column_slice = ((index or ()) + (slice(None), slice(None)))[:2]
-    rows = (np.arange(len(stored)) if heads is None else interleaved(len(stored), heads))[row_slice]
+    order = torch.arange(len(stored))
+    rows = (order if head_dim is None else to_halves(order, head_dim)).numpy()[row_slice]
     columns = range(tensor.shape[1] if len(tensor.shape) > 1 else 1)[column_slice]
     # Whole blocks are read, `skip` columns of the first one are not asked for.
     first, last = columns.start // tensor.block, -(-columns.stop // tensor.block)

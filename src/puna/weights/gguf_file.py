@@ -145,7 +145,7 @@ class _Cursor:
         if size > self.size - self.offset:
             self.fail("it ends in the middle of its header")
         self.offset += size
-        return memoryview(self.data)[self.offset - size : self.offset]
+        return self.data[self.offset - size : self.offset].data
 
     def scalar(self, kind: int) -> Any:
         layout = SCALARS[kind]

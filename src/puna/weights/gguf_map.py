@@ -1,9 +1,8 @@
-"""What a LLaMA is called in GGUF: names of tensors, order of rows, config as metadata. Read and written from here.
+"""What a LLaMA is called in GGUF: names of tensors, and the config as metadata. Read and written from here.
 
-llama.cpp's converter stores the rows of the q and k projections in interleaved RoPE order (2j and 2j + 1 are a pair)
-where Hugging Face has halves (j and j + d/2); left so, a model still talks, with perplexity 245 for 15. Llama 3's rope
-scaling has no metadata: it is the tensor `rope_freqs.weight`, what each frequency is divided by.
-Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; order and formula: llama.cpp's convert_hf_to_gguf.py.
+Llama 3's rope scaling has no metadata: it is the tensor `rope_freqs.weight`, what each frequency is divided by. The
+rows of q and k are in the order of neighbours (`rope_order`); left so, SmolLM2 still talks, with perplexity 245 for 15.
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the formula: llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -71,22 +70,6 @@ def gguf_name(name: str) -> str:
         return f"{OUTER_GGUF[stem]}.{kind}"
     _, _, layer, module = stem.split(".", 3)
     return f"blk.{layer}.{LAYER_GGUF[module]}.{kind}"
-
-
-def rope_heads(name: str, config: ModelConfig) -> int | None:
-    """How many heads' rows are in another order in GGUF: those of q and k, weight and bias; None for other tensors."""
-    module = name.split(".")[-2]
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module)
-
-
-def interleaved(rows: int, heads: int) -> np.ndarray:
-    """Where each row of a q or k projection in Hugging Face order stands in GGUF, int64 [rows]."""
-    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-
-
-def halves(rows: int, heads: int) -> np.ndarray:
-    """Where each row of a q or k projection in GGUF order stands in Hugging Face's, int64 [rows]."""
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def config_from(
