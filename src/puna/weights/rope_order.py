@@ -6,7 +6,11 @@ neighbours: rows 2j and 2j + 1. A checkpoint read in the wrong order still talks
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
+
+from puna.weights.source import Index
 
 
 def to_halves(rows: Tensor, head_dim: int) -> Tensor:
@@ -17,6 +21,17 @@ def to_halves(rows: Tensor, head_dim: int) -> Tensor:
 def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
     """Halves -> neighbours, the inverse of `to_halves`."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def read_halves(read: Callable[[Index | None], Tensor], head_dim: int, index: Index | None) -> Tensor:
+    """`tensor[index]` in halves of a tensor that `read` gives in neighbours; reads the heads that `index` touches."""
+    if index is None:
+        return to_halves(read(None), head_dim)
+    start, stop, step = index[0].start or 0, index[0].stop, index[0].step
+    first = start // head_dim * head_dim
+    last = None if stop is None else -(-stop // head_dim) * head_dim
+    heads = to_halves(read((slice(first, last), *index[1:])), head_dim)
+    return heads[start - first : None if stop is None else stop - first : step]
 
 
 def is_rotated(name: str) -> bool:
