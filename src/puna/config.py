@@ -128,7 +128,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     """`value`, from YAML or as the text of the command line, as the type `hint`; `UserError` names `name`."""
     try:
         return _convert(value, hint)
-    except ValueError:
+    except (ValueError, yaml.YAMLError):
         close = nearest(str(value), map(str, typing.get_args(hint))) if typing.get_origin(hint) is Literal else ""
         raise UserError(f"{name} takes {_wanted(hint)}, not {value!r}{close}") from None
 

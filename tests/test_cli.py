@@ -1,0 +1,122 @@
+"""The command line as a whole: quick help without torch, exit codes, one sentence and never a traceback."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from puna import cli
+from puna.errors import UserError
+
+PUNA = [sys.executable, "-m", "puna"]
+
+
+def puna(*words, **kw):
+    return subprocess.run([*PUNA, *words], capture_output=True, text=True, timeout=120, **kw)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`puna info x` raises what it is told to."""
+
+    def install(error):
+        def run(options):
+            raise error
+
+        module = type(sys)("failing")
+        module.run = run
+        monkeypatch.setitem(sys.modules, "failing", module)
+        monkeypatch.setitem(cli.VERBS, "info", (cli.VERBS["info"][0], "failing:run", ""))
+
+    return install
+
+
+@pytest.mark.parametrize("verb", [(), *((*verb.split(),) for verb in cli.VERBS), ("bench",)])
+def test_help_is_quick_and_imports_no_torch(verb):
+    code = (
+        "import sys; from puna.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'tokenizers'} & set(sys.modules);"
+        "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    best = 9.0
+    for _ in range(3):  # the quickest of three: a busy machine is not the verb's fault
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *verb, "--help"], capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        if best < 0.5:
+            break
+    assert best < 0.5
+    assert done.stdout.startswith("usage: puna") and not done.stderr
+    if verb not in ((), ("bench",)):
+        assert "Examples:\n  puna " + " ".join(verb) in done.stdout
+
+
+def test_overview_names_every_verb():
+    text = puna("--help").stdout
+    assert all(f"  {verb}" in text for verb in cli.VERBS)
+
+
+def test_version():
+    assert puna("--version").stdout.startswith("puna ")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["chatt"], "puna has no verb 'chatt', did you mean 'chat'? (see puna --help)"),
+        (["bench"], "puna bench needs latency or throughput as its first word (see puna bench --help)"),
+        (["bench", "latncy"], "latency or throughput as its first word, did you mean 'latency'?"),
+        (["generate", "m", "--temprature", "1"], "did you mean '--temperature'?"),
+    ],
+)
+def test_user_errors_are_one_sentence_and_exit_2(capsys, words, says):
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert not out and says in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_no_verb_shows_the_overview_on_stderr(capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "usage: puna VERB" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UserError("no such file; give another"), 2, "puna: no such file; give another\n"),
+        (OSError(28, "No space left on device", "big.gguf"), 2, "puna: the disk is full at big.gguf: free some"),
+        (PermissionError(13, "Permission denied", "x"), 2, "puna: cannot use x: Permission denied\n"),
+        (MemoryError(), 2, "puna: out of memory: lower --kv-tokens"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "puna: out of memory"),
+        (KeyError("oops"), 1, "puna: internal error, KeyError: 'oops' (PUNA_TRACEBACK=1 shows where"),
+        (KeyboardInterrupt(), 130, "puna: stopped\n"),
+    ],
+)
+def test_exit_codes(failing, capsys, error, code, says):
+    failing(error)
+    assert cli.main(["info", "x"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(says) and err.count("\n") == 1
+
+
+def test_the_traceback_is_there_for_who_asks(failing, capsys):
+    failing(KeyError("oops"))
+    assert cli.main(["info", "x", "--traceback"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    shell = f"{sys.executable} -m puna generate --help | head -1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and not done.stderr
+
+
+def test_only_the_first_rank_speaks():
+    done = puna("--help", env=os.environ | {"RANK": "1"})
+    assert done.returncode == 0 and not done.stdout
+    done = puna("chatt", env=os.environ | {"RANK": "1"})
+    assert done.returncode == 2 and done.stderr.startswith("puna (rank 1): ")
