@@ -6,7 +6,7 @@ transformers 4, which version 5 reads too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,9 +27,9 @@ MAX_SHARD = 5_000_000_000  # bytes, as transformers
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # What config.json says beside the shape, and is carried over as it is.
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache")
+# The first three are tokenizers, the others belong to one.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
                    "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
-TOKENIZERS = TOKENIZER_FILES[:3]  # any one of them makes a tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,7 @@ def open_hf(path: Path) -> Source:
         path=path,
         format="hf",
         config=config,
-        hf_config={
-            **config.to_hf(),
-            **{key: said[key] for key in KEPT if said.get(key) is not None},
-            "torch_dtype": main_dtype(tensors),
-        },
+        hf_config=native_config(config, said, tensors),
         generation=read_json(generation) if generation.exists() else {},
         tensors=tensors,
         files=[*weights.files, *(file for file in others if file.exists())],
@@ -104,11 +100,21 @@ def open_weights(directory: Path) -> Weights:
     return Weights(tensors, read, files)
 
 
+def native_config(config: ModelConfig, said: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """config.json in the native layout: the shape, what of `said` is carried over, the dtype of the tensors."""
+    kept = {key: said[key] for key in KEPT if said.get(key) is not None}
+    return {**config.to_hf(), **kept, "torch_dtype": main_dtype(tensors)}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).exists() for name in TOKENIZER_FILES[:3])
+
+
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer in a Hugging Face directory, None when there is none."""
     from puna.text import Tokenizer
 
-    return Tokenizer.load(directory) if any((directory / name).exists() for name in TOKENIZERS) else None
+    return Tokenizer.load(directory) if has_tokenizer(directory) else None
 
 
 def write_hf(source: Source, dst: Path, dtype: torch.dtype | None = None, *, max_shard: int = MAX_SHARD) -> None:
@@ -124,7 +130,9 @@ def write_hf(source: Source, dst: Path, dtype: torch.dtype | None = None, *, max
         tokenizer.save(dst)
 
 
-def write_weights(read: Any, tensors: Mapping[str, TensorInfo], dst: Path, max_shard: int = MAX_SHARD) -> None:
+def write_weights(
+    read: Callable[[str], torch.Tensor], tensors: Mapping[str, TensorInfo], dst: Path, max_shard: int = MAX_SHARD
+) -> None:
     """Writes `read(name)`, cast to its dtype in `tensors`, as model.safetensors or as shards with an index."""
     shards: list[dict[str, TensorInfo]] = [{}]
     for name, info in tensors.items():

@@ -99,11 +99,7 @@ def open_meta(path: Path) -> Source:
         path=path,
         format="meta",
         config=config,
-        hf_config={
-            **config.to_hf(),
-            **{key: hf_config[key] for key in hf.KEPT if hf_config.get(key) is not None},
-            "torch_dtype": main_dtype(tensors),
-        },
+        hf_config=hf.native_config(config, hf_config, tensors),
         generation=read_json(generation) if generation.exists() else {},
         tensors=tensors,
         files=[*files, *(path / name for name in others if (path / name).exists())],
