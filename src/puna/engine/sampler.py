@@ -108,7 +108,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
 def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of given tokens, and the likeliest tokens with theirs.
 
-    logits [R, vocab], targets [R] -> [R], ids [R, top], values [R, top]. Rows are independent, so a long text may come in chunks of any size. float32 (float64 for float64), same device.
+    logits [R, vocab], targets [R] -> [R], ids [R, top], values [R, top], in float32 (float64 for float64) on the same
+    device. Rows are independent, so a long text may come in chunks of any size.
     """
     logprobs = _wide(logits).log_softmax(-1)
     levels, ids = logprobs.topk(top)
@@ -163,7 +164,7 @@ def _blocks(x: Tensor, fill: float) -> Tensor:
 
 def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     """[R] the first of the largest, and its value (NaN when the row holds one)."""
-    blocks = _blocks(x, -math.inf)
+    blocks = _blocks(_wide(x), -math.inf)  # the CPU reduces bfloat16 slower than it converts it
     block = blocks.amax(-1).argmax(-1, keepdim=True)
     inner = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0]
     place = inner.argmax(-1, keepdim=True)
@@ -211,12 +212,12 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """[R] a token each, by inverting the cumulative distribution: over blocks first, then inside the block."""
     scaled, weights, floor, typical = _filter(_wide(scores), rows, 1)
     if floor is not None:
-        weights = weights * (scaled >= floor)
+        weights.mul_(_reaches(scaled, floor))
     if typical is not None:
-        weights = weights * typical
+        weights.mul_(typical)
     noise = torch.tensor([uniform(row.seed, row.position) for row in rows], dtype=torch.float64)
     blocks = _blocks(weights, 0.0)
-    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    mass = _block_sums(blocks).cumsum(-1)
     target = noise[:, None].to(mass.device, non_blocking=True) * mass[:, -1:]
     # The first whose cumulative mass exceeds the target: never one of weight 0. The clamps matter for NaN alone.
     block = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[1] - 1)
@@ -252,7 +253,7 @@ def _filter(scores: Tensor, rows: Sequence[Row], keep: int) -> tuple[Tensor, Ten
     if any(p.top_k for p in asked):
         last = best.gather(1, top_k.long().clamp(keep, width) - 1)
         floors.append(torch.where(top_k > 0, last, -math.inf))
-        weights = weights * (scaled >= floors[-1])
+        weights.mul_(_reaches(scaled, floors[-1]))
     if any(p.top_p < 1 for p in asked):
         share = torch.where(top_p < 1, top_p, 0.0)
         edge = _nucleus_edge(scaled, weights, share, best, ids, keep)
@@ -297,6 +298,16 @@ def _typical(scaled: Tensor, floor: Tensor | None, asked: Sequence[SamplingParam
     return stays
 
 
+def _reaches(scaled: Tensor, floor: Tensor) -> Tensor:
+    """1.0 where scaled >= floor, else 0.0: multiplying by a bool mask is several times slower on the CPU."""
+    return torch.ge(scaled, floor, out=torch.empty_like(scaled))
+
+
+def _block_sums(blocks: Tensor) -> Tensor:
+    """[R, blocks, _BLOCK] -> [R, blocks] float64; float32 does inside a block, and saves a copy of the whole."""
+    return blocks.sum(-1).double()
+
+
 def _total(x: Tensor) -> Tensor:
     """[R, 1] float64 sum along the vocabulary, in an order that the number of rows doesn't change."""
-    return _blocks(x, 0.0).sum(-1, dtype=torch.float64).cumsum(-1)[:, -1:]
+    return _block_sums(_blocks(x, 0.0)).cumsum(-1)[:, -1:]
