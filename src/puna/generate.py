@@ -1,0 +1,271 @@
+"""`puna generate`: one prompt or a file of any length, in order, in bounded memory, resumable.
+
+Rows are read as the engine takes them and written as soon as every row before them is written: line i of the output
+belongs to row i of the input, and no more than a window of them is held at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from puna.config import convert_all
+from puna.errors import UserError
+from puna.options import GenerateOptions, SamplingOptions, loading, sampling
+from puna.progress import meter
+
+if TYPE_CHECKING:
+    from puna.api import LLM, RequestOutput
+    from puna.engine.params import SamplingParams
+
+WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
+SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
+Record = dict[str, Any]
+
+
+@dataclass
+class Row:
+    """One request; `error` says why it has no answer, `output` is its answer once there is one."""
+
+    index: int
+    prompt: Any = None  # text, token ids, or messages
+    options: Record = field(default_factory=dict)
+    carried: Record = field(default_factory=dict)  # "id" and "metadata", which come out as they went in
+    error: str | None = None
+    output: RequestOutput | None = None
+
+
+def run(options: GenerateOptions) -> int:
+    """Generates for every prompt. A bad row of JSONL becomes a record with an error; the run goes on."""
+    given = sampling(options)
+    _check(options)
+    jsonl = options.jsonl or (options.file or "").endswith((".jsonl", ".ndjson"))
+    with _prompts(options) as lines:
+        rows = (_json_row if jsonl and options.file else _text_row)(lines, options)
+        if jsonl or options.out or "logprobs" in given or "prompt_logprobs" in given:
+            _write_records(rows, options, given)
+        else:
+            _write_text(rows, options, given)
+    return 0
+
+
+def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int) -> Iterator[Row]:
+    """The rows in their order, each answered or with its error; at most `window` of them are held at once."""
+    source, held, asked = iter(rows), deque[Row](), {}
+    while True:
+        while len(held) < window and (row := next(source, None)) is not None:
+            held.append(row)
+            if row.error is None:
+                try:
+                    asked[llm.submit(row.prompt, params.merged(row.options))] = row
+                except UserError as error:
+                    row.error = str(error)
+        while held and (held[0].error is not None or held[0].output is not None):
+            yield held.popleft()
+        if not held:
+            return
+        for output in llm.step():
+            row = asked.pop(output.id)
+            row.output, row.error = output, output.error
+
+
+def resume(path: Path, rows: Iterator[Row]) -> int:
+    """Takes from `rows` those that the file answers already and returns how many; cuts off a half-written last line."""
+    done = whole = 0
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            row = next(rows, None)
+            try:
+                record = json.loads(line)
+                same = row is not None and (record["index"], record.get("id")) == (done, row.carried.get("id"))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                same = False
+            if not same:
+                raise UserError(
+                    f"line {done + 1} of {path} is not the answer to row {done + 1} of the input; choose another --out"
+                )
+            done, whole = done + 1, whole + len(line)
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+    return done
+
+
+def record(row: Row) -> Record:
+    """What is printed for a row: its index, what it carried, and its answer in OpenAI's names, or its error."""
+    head = {"index": row.index, **row.carried}
+    if row.output is None or row.error is not None:
+        return head | {"error": row.error}
+    choices = []
+    for completion in row.output.outputs:
+        choice = {"index": completion.index, "text": completion.text, "finish_reason": completion.finish_reason}
+        if completion.logprobs is not None:
+            choice["logprobs"] = completion.logprobs
+        choices.append(choice)
+    usage = {
+        "prompt_tokens": len(row.output.prompt_token_ids),
+        "completion_tokens": sum(len(completion.token_ids) for completion in row.output.outputs),
+    }
+    tail = {} if row.output.prompt_logprobs is None else {"prompt_logprobs": row.output.prompt_logprobs}
+    return head | {"choices": choices, "usage": usage} | tail
+
+
+def _check(options: GenerateOptions) -> None:
+    if options.prompt and options.file:
+        raise UserError("give prompts as arguments or by --file, not both")
+    if not options.prompt and not options.file and sys.stdin.isatty():
+        raise UserError("puna generate needs a prompt: as an argument, by --file, or on stdin")
+    if options.system is not None and not options.chat:
+        raise UserError("--system goes with --chat: a plain prompt has no system message")
+    if options.out and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
+        raise UserError(f"--out {options.out} must be a file in a directory that exists")
+
+
+@contextmanager
+def _prompts(options: GenerateOptions) -> Iterator[Iterator[str]]:
+    """The prompts or JSON rows as text, one after the other."""
+    if options.prompt:
+        yield iter(options.prompt)
+    elif not options.file:
+        yield iter([sys.stdin.read().removesuffix("\n")])
+    elif options.file == "-":
+        yield (line.rstrip("\n") for line in sys.stdin if line.strip())
+    else:
+        with open(options.file, encoding="utf-8-sig") as file:
+            yield (line.rstrip("\n") for line in _utf8(file) if line.strip())
+
+
+def _utf8(file: TextIO) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name} is not UTF-8 text ({error.reason}); convert it first") from None
+
+
+def _text_row(lines: Iterator[str], options: GenerateOptions) -> Iterator[Row]:
+    for index, line in enumerate(lines):
+        yield Row(index, _ask(line, options))
+
+
+def _json_row(lines: Iterator[str], options: GenerateOptions) -> Iterator[Row]:
+    for index, line in enumerate(lines):
+        row = Row(index)
+        try:
+            _fill(row, line, options)
+        except UserError as error:
+            row.error = str(error)
+        yield row
+
+
+def _fill(row: Row, line: str, options: GenerateOptions) -> None:
+    """Reads a JSON line into `row`; `UserError` says what is wrong with it."""
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError('not a JSON object with "prompt" or "messages"')
+    row.carried = {key: data.pop(key) for key in ("id", "metadata") if key in data}
+    prompt, messages = data.pop("prompt", None), data.pop("messages", None)
+    if (prompt is None) == (messages is None):
+        raise UserError('a row needs "prompt" or "messages", one of the two')
+    if messages is not None:
+        row.prompt = _with_system(_messages(messages), options.system)
+    elif isinstance(prompt, str):
+        row.prompt = _ask(prompt, options)
+    elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt) and not options.chat:
+        row.prompt = prompt
+    else:
+        raise UserError('"prompt" is text, or without --chat a list of token ids')
+    row.options = convert_all(SamplingOptions, {SPELLINGS.get(key, key): data[key] for key in data}, "the row")
+
+
+def _ask(prompt: str, options: GenerateOptions) -> Any:
+    return _with_system([{"role": "user", "content": prompt}], options.system) if options.chat else prompt
+
+
+def _messages(messages: Any) -> list[Record]:
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
+        return messages
+    raise UserError('"messages" is a list of {"role": "...", "content": "..."}')
+
+
+def _with_system(messages: list[Record], system: str | None) -> list[Record]:
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _write_records(rows: Iterator[Row], options: GenerateOptions, given: Record) -> None:
+    done = resume(options.out, rows) if options.out else 0
+    first = next(rows, None)
+    if first is None:
+        print(f"Nothing left to do: {options.out or 'the input'} has {done} rows.", file=sys.stderr)
+        return
+    if done:
+        print(f"{options.out} has {done} rows already; going on after them.", file=sys.stderr)
+    llm, params = _load(options, given)
+    errors = 0
+    to_terminal = options.out is None and sys.stdout.isatty()
+    try:
+        with (
+            options.out.open("a", encoding="utf-8") if options.out else nullcontext(sys.stdout) as out,
+            meter("Generating", _count(options, done), "rows", quiet=to_terminal) as advance,
+        ):
+            for row in finished(llm, params, chain([first], rows), WINDOW * options.max_num_seqs):
+                out.write(json.dumps(record(row), ensure_ascii=False) + "\n")
+                out.flush()
+                errors += row.error is not None
+                advance(1)
+    except KeyboardInterrupt:
+        if options.out:
+            print(f"\n{options.out} keeps the rows so far; the same command goes on after them.", file=sys.stderr)
+        raise
+    if errors:
+        print(f"{errors} rows could not be answered; each has its reason in its record.", file=sys.stderr)
+
+
+def _write_text(rows: Iterator[Row], options: GenerateOptions, given: Record) -> None:
+    llm, params = _load(options, given)
+    head = list(islice(rows, 2))
+    if len(head) == 1 and params.n == params.num_beams == 1:
+        for piece in llm.stream(head[0].prompt, params):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        print()
+        return
+    for row in finished(llm, params, chain(head, rows), WINDOW * options.max_num_seqs):
+        if row.output is None or row.error is not None:
+            raise UserError(f"prompt {row.index + 1}: {row.error}")
+        for completion in row.output.outputs:
+            if len(head) > 1 or params.n > 1:
+                print(f"==> prompt {row.index + 1}, answer {completion.index + 1} <==")
+            print(completion.text, flush=True)
+
+
+def _load(options: GenerateOptions, given: Record) -> tuple[LLM, SamplingParams]:
+    from puna.api import LLM
+
+    llm = LLM(**loading(options))
+    return llm, llm.defaults.merged(given)
+
+
+def _count(options: GenerateOptions, done: int) -> int | None:
+    """How many rows are left, where that can be known before reading them."""
+    if options.prompt:
+        return len(options.prompt) - done
+    if options.file and os.path.isfile(options.file):
+        with open(options.file, "rb") as file:
+            return sum(1 for line in file if line.strip()) - done
+    return None
