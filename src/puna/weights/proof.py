@@ -1,0 +1,119 @@
+"""Proof that one checkpoint is another one, stored differently: config, tensors bit by bit, tokenizer, logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.progress import meter
+from puna.text import Tokenizer
+from puna.weights.source import Index, Source
+from puna.weights.streamed import STEP, trace
+
+PROBES = (
+    "The capital of France is Paris.",
+    "  It's 1,999.50 or 2^10; isn't it?\n\n\tNew line.",
+    "naïve café, señor, Ærøskøbing, Привет, 你好，世界, こんにちは, 한국어, 🦙🏔️",
+    "def add(a, b):\n    return a + b  # 100%",
+    "<|im_start|>user\n<s>[INST] hi [/INST]</s><|eot_id|>",
+)
+PROBE_SHAPE = (2, 16)  # sequences and tokens of the prompts that logits are compared on
+
+
+class ProofError(Exception):
+    """A conversion's result is not its source: a defect of puna or of the disk."""
+
+
+def prove(source: Source, expected: Source, result: Source) -> dict[str, Any]:
+    """Compares `result`, read back, with `expected`: `source` in the numbers that were to be stored.
+
+    Returns what was compared, for the manifest. Raises `ProofError` naming the first difference. Memory: `STEP` elements
+    of a tensor, and the activations of the probe prompts.
+    """
+    _same_config(source, result)
+    proof: dict[str, Any] = {"tensors": _same_tensors(expected, result)}
+    if (tokenizer := source.tokenizer()) is not None:
+        proof["tokenizer_probes"] = _same_tokenizer(tokenizer, result.tokenizer())
+    return {**proof, "logits": _same_logits(source, expected, result)}
+
+
+def as_stored(source: Source, store: Callable[[str, Tensor], Tensor]) -> Source:
+    """`source` with each tensor, or rows of it, as `store(name, rows)` leaves it."""
+
+    def read(name: str, index: Index | None) -> Tensor:
+        return store(name, source.read(name, index))
+
+    return dataclasses.replace(source, reader=read)
+
+
+def _same_config(source: Source, result: Source) -> None:
+    for field in dataclasses.fields(source.config):
+        said, found = getattr(source.config, field.name), getattr(result.config, field.name)
+        if said != found:
+            raise ProofError(f"the result's {field.name} is {found}, the source's {said}")
+
+
+def _same_tensors(expected: Source, result: Source) -> int:
+    if differing := sorted(expected.tensors.keys() ^ result.tensors.keys()):
+        raise ProofError(f"{differing[0]} is in only one of source and result")
+    total = sum(info.nbytes for info in result.tensors.values())
+    with meter("Comparing tensors", total, "B") as advance:
+        for name, info in result.tensors.items():
+            rows = info.shape[0]
+            step = max(1, STEP * rows // max(1, torch.Size(info.shape).numel()))
+            for start in range(0, rows, step):
+                index = (slice(start, min(start + step, rows)),)
+                want, have = expected.read(name, index), result.read(name, index)
+                if not bit_equal(want, have):
+                    raise ProofError(f"{name} differs from the source in rows {start} to {index[0].stop - 1}")
+                advance(have.nbytes)
+    return len(result.tensors)
+
+
+def bit_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, after widening to a common dtype."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    a, b = (x.to(dtype).contiguous().view(integers) for x in (a, b))
+    return torch.equal(a, b)
+
+
+def _same_tokenizer(source: Tokenizer, result: Tokenizer | None) -> int:
+    if result is None:
+        raise ProofError("the result has no tokenizer")
+    for text in PROBES:
+        if source.encode(text) != result.encode(text):
+            raise ProofError(f"the result's tokenizer encodes {text!r} otherwise")
+    for what in ("stop_ids", "chat_template"):
+        if getattr(source, what) != getattr(result, what):
+            raise ProofError(f"the result's tokenizer has another {what}")
+    return len(PROBES)
+
+
+def _same_logits(source: Source, expected: Source, result: Source) -> dict[str, Any]:
+    """Logits of random ids: those of the stored numbers must be equal, how far the source's own are is reported."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(source.config.vocab_size, PROBE_SHAPE, generator=generator)
+    runs = []
+    with meter("Comparing logits", 3 * (source.config.num_hidden_layers + 3)) as advance:
+        for checkpoint in (source, expected, result):
+            for _, value in trace(checkpoint, ids):
+                advance(1)
+            runs.append(value)
+    original, stored, found = runs
+    if not torch.equal(stored, found):
+        worst = (stored - found).abs().max().item()
+        raise ProofError(f"the result's logits are up to {worst:.3g} from the source's on {ids.numel()} tokens")
+    if not torch.isfinite(found).all():
+        raise ProofError("the result's logits are not finite; neither are the source's with such numbers")
+    log_p, log_q = original.double().log_softmax(-1), found.double().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return {
+        "tokens": ids.numel(),
+        "max_difference": (original - found).abs().max().item(),
+        "mean_kl": max(0.0, kl.mean().item()),
+    }
