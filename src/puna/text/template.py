@@ -1,0 +1,248 @@
+"""Chat templates: Jinja programs that come with a checkpoint, so they are untrusted and run in a bounded sandbox.
+
+The environment is that of transformers (5.x, `chat_template_utils`), so that the same template gives the same text. On top
+come bounds: the size of the source, the number of steps, and the size of any text or list that is built on the way. A
+template can neither reach Python nor keep the process busy for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache, wraps
+from types import FrameType
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from puna.errors import UserError, nearest
+
+MAX_SOURCE = 1 << 18  # characters; the longest templates in use have about 20,000
+MAX_STEPS = 2_000_000  # lines of compiled template and calls; a long conversation takes some ten thousand
+MAX_TEXT = 16_000_000  # characters, or items of a list
+MAX_PRODUCT = 1_000_000_000  # characters that one call could make at most
+MAX_COUNT = 100_000  # any whole number given to a call, as jinja2's own bound on `range`
+ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
+GROWING = {"replace", "join", "indent", "format", "wordwrap", "expandtabs", "%"}
+
+
+def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    """Run a template over a conversation. UserError for a bad message, and for whatever the template refuses."""
+    conversation = check_messages(messages)
+    try:
+        variables = json.loads(json.dumps(dict(variables)))  # plain data only: no object with methods gets in
+    except (TypeError, ValueError) as error:
+        raise UserError(f"Tools and template settings must be plain JSON data ({error}).") from error
+    template = _compile(source)
+    outer, budget = sys.gettrace(), _Budget()
+    text, size = [], 0
+    try:
+        sys.settrace(budget)
+        for part in template.generate(documents=None, **{**variables, "messages": conversation}):
+            size += len(part)
+            if size > MAX_TEXT:
+                raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
+            text.append(part)
+    except Exception as error:  # whatever a template does wrong is the template's or the conversation's fault
+        raise UserError(
+            f"The chat template refused this conversation: {str(error) or type(error).__name__}."
+        ) from error
+    finally:
+        sys.settrace(outer)
+    return "".join(text)
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as plain data, text parts joined; UserError where a role or a content is missing or unknown."""
+    if isinstance(messages, str | Mapping) or not messages:
+        raise UserError('A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}].')
+    checked = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise UserError(f"Message {number} must be a dict with role and content, not {type(message).__name__}.")
+        role = message.get("role")
+        if role not in ROLES:
+            hint = nearest(str(role), ROLES)
+            raise UserError(f"Message {number} has the role {role!r}{hint}; known roles are {', '.join(ROLES)}.")
+        content = message.get("content")
+        if isinstance(content, list):
+            if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+                raise UserError(f"Message {number} holds parts that are not text, which LLaMA text models cannot read.")
+            content = "\n".join(part["text"] for part in content)
+        if not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
+            raise UserError(f"Message {number} needs a content that is text, not {type(content).__name__}.")
+        try:
+            checked.append(json.loads(json.dumps({**message, "content": content})))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"Message {number} must be plain JSON data ({error}).") from error
+    return checked
+
+
+class _Budget:
+    """A trace function that counts a template's steps. Jinja has no other hook that every kind of loop passes."""
+
+    def __init__(self) -> None:
+        self.left = MAX_STEPS
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> _Budget | None:
+        self.left -= 1
+        if self.left < 0:
+            raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+        return self if frame.f_code.co_filename == "<template>" else None
+
+
+def _sized(value: Any) -> Any:
+    if isinstance(value, str | list | tuple | dict) and len(value) > MAX_TEXT:
+        raise SecurityError(f"it builds more than {MAX_TEXT:,} characters")
+    return value
+
+
+def _join(parts: Iterable[Any]) -> str:
+    texts, size = [], 0
+    for part in parts:
+        texts.append(str(part))
+        size += len(texts[-1])
+        if size > MAX_TEXT:
+            raise SecurityError(f"it builds more than {MAX_TEXT:,} characters")
+    return "".join(texts)
+
+
+def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callable[..., Any]:
+    """`function` with bounds on its numbers, on what it could build, and on what it gives."""
+
+    @wraps(function)
+    def checked(*args: Any, **kw: Any) -> Any:
+        given = [*args, *kw.values()]
+        if any(isinstance(value, int) and abs(value) > MAX_COUNT for value in given):
+            raise SecurityError(f"it uses a number beyond {MAX_COUNT:,}")
+        if name in GROWING:
+            product = 1
+            for value in (owner, *given):
+                product *= max(1, _weight(value))
+            if product > MAX_PRODUCT:
+                raise SecurityError(f"it builds more than {MAX_PRODUCT:,} characters")
+        return _sized(function(*args, **kw))
+
+    return checked
+
+
+def _weight(value: Any) -> int:
+    """Characters in a value, each reference counted; the value itself for a number."""
+    match value:
+        case str():
+            return len(value)
+        case list() | tuple():
+            return sum(_weight(item) + 1 for item in value)
+        case dict():
+            return sum(_weight(key) + _weight(item) + 1 for key, item in value.items())
+        case int():
+            return abs(value)
+        case _:
+            return 1
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what the assistant says; for the text it is no more than its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class _Names(Namespace):
+    """`namespace()` without names that begin with an underscore, as in transformers."""
+
+    def __init__(*args: Any, **kw: Any) -> None:
+        self, rest = args[0], args[1:]
+        names = dict(*rest, **kw)
+        for name in names:
+            _Names._check(name)
+        Namespace.__init__(self, names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _Names._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"it stores the name {name!r} on a namespace")
+
+
+class _Generator(CodeGenerator):
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
+        """`a ~ b`, through the bounded join."""
+        self.write("environment.concat((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _Generator
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    concat = staticmethod(_join)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and not (numbers and abs(left) <= 1000 and 0 <= right <= 100):
+            raise SecurityError("it raises to a large power")
+        if operator == "*":
+            if numbers and max(abs(left), abs(right)) >= 1 << 64:
+                raise SecurityError("it multiplies large numbers")
+            for many, times in ((left, right), (right, left)):
+                if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > MAX_TEXT:
+                    raise SecurityError(f"it builds more than {MAX_TEXT:,} characters")
+        if operator == "%" and isinstance(left, str):
+            return _bounded(lambda text, values: text % values, "%")(left, right)
+        return _sized(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kw: Any) -> Any:  # noqa: N805 - as jinja2 declares it
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str):
+            __obj = _bounded(__obj, name, owner)
+        return _sized(super().call(__context, __obj, *args, **kw))
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    if len(source) > MAX_SOURCE:
+        raise UserError(f"The chat template has {len(source):,} characters, more than the {MAX_SOURCE:,} that are run.")
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.filters = {name: _bounded(function, name) for name, function in environment.filters.items()}
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "namespace": _Names,
+    }
+    del environment.globals["lipsum"]
+    try:
+        return environment.from_string(source)
+    except (TemplateError, RecursionError) as error:
+        raise UserError(f"The chat template is not valid Jinja: {error}.") from error
