@@ -1,0 +1,147 @@
+"""From a checkpoint to a model that runs, in one fixed order: meta, split, load, fuse, pack.
+
+Nothing is allocated before the model has its final shape: modules are made on the meta device, cut to this rank's part, and
+filled tensor by tensor, each rank reading only its slices. Fusing comes after, on local shards; packing (CPU) is last.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from puna.errors import UserError
+from puna.kernels.packed import Packed, packed_works
+from puna.model.config import ModelConfig
+from puna.model.linear import Linear
+from puna.model.llama import MLP, Attention, Llama
+from puna.model.plan import tp_slice
+from puna.parallel.tensor import TensorParallel, split
+from puna.progress import track
+
+if TYPE_CHECKING:
+    from puna.weights.source import Source
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+Reader = Callable[[str, tuple[slice, ...]], Tensor]
+
+
+def load_model(
+    source: Source,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    *,
+    tp: TensorParallel | None = None,
+    fast: bool = False,
+    quiet: bool = True,
+) -> Llama:
+    """The model of an open checkpoint, with weights of `dtype` on `device`, in evaluation mode.
+
+    `tp` splits it over a tensor-parallel group, `fast` fuses and packs it for inference. Raises UserError when a tensor is
+    missing or of another shape.
+    """
+    return _build(source.config, source.read, dtype, device, tp, fast, quiet)
+
+
+def random_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    *,
+    seed: int = 0,
+    tp: TensorParallel | None = None,
+    fast: bool = False,
+    quiet: bool = True,
+) -> Llama:
+    """The same with random weights: normal with deviation 0.02, norms 1, biases 0; the same for every split."""
+    shapes = config.tensors()
+
+    def read(name: str, index: tuple[slice, ...]) -> Tensor:
+        if len(shapes[name]) == 1:
+            full = torch.full(shapes[name], 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
+        else:
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+            full = torch.empty(shapes[name], dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+        return full[index]
+
+    return _build(config, read, dtype, device, tp, fast, quiet)
+
+
+def _build(
+    config: ModelConfig,
+    read: Reader,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    tp: TensorParallel | None,
+    fast: bool,
+    quiet: bool,
+) -> Llama:
+    with torch.device("meta"):
+        model = Llama(config)
+    if tp is not None:
+        split(model, tp)
+    _load(model, read, dtype, torch.device(device), tp, quiet)
+    if fast:
+        fuse(model)
+        if torch.device(device).type == "cpu":
+            pack(model, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _load(
+    model: Llama, read: Reader, dtype: torch.dtype, device: torch.device, tp: TensorParallel | None, quiet: bool
+) -> None:
+    """Replace each meta parameter by its tensor."""
+    rank, size = (tp.rank, tp.size) if tp else (0, 1)
+    for name, shape in track(model.config.tensors().items(), "Loading weights", unit="tensors", quiet=quiet):
+        tensor = read(name, tp_slice(name, shape, model.config, rank, size))
+        owner, _, kind = name.removeprefix("model.").rpartition(".")
+        module = model.get_submodule(owner)
+        if tensor.shape != getattr(module, kind).shape:
+            raise UserError(f"{name} has shape {list(tensor.shape)}, the config says {list(getattr(module, kind).shape)}.")
+        # A copy where nothing was converted: the reader may have given a view of the file, which lives shorter than us.
+        tensor = tensor.to(device, dtype, copy=True).contiguous()
+        setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+    model.tie()
+
+
+def fuse(model: Llama) -> None:
+    """Merge q, k, v and gate, up into one product each. Inference only, after the split, so that shards are whole heads."""
+    for module in model.modules():
+        if isinstance(module, Attention) and module.qkv_proj is None:
+            module.kv_heads = module.k_proj.weight.shape[0] // module.head_dim
+            module.qkv_proj = _concat(module.q_proj, module.k_proj, module.v_proj)
+            del module.q_proj, module.k_proj, module.v_proj
+        elif isinstance(module, MLP) and module.gate_up_proj is None:
+            module.gate_up_proj = _concat(module.gate_proj, module.up_proj)
+            del module.gate_proj, module.up_proj
+
+
+def _concat(*parts: Linear) -> Linear:
+    with torch.device("meta"):
+        fused = Linear(1, 1)
+    fused.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+    if parts[0].bias is not None:
+        fused.bias = nn.Parameter(torch.cat([p.bias for p in parts if p.bias is not None]), requires_grad=False)
+    return fused
+
+
+def pack(model: Llama, dtype: torch.dtype) -> None:
+    """Give every linear layer its packed form and let the plain weight go. Says so where the machine has none."""
+    if not packed_works(dtype):
+        if dtype == torch.bfloat16:
+            print("note: no packed bfloat16 products on this CPU; plain ones run, more slowly.", file=sys.stderr)
+        return
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.scheme = Packed(module.weight)
+            module.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
