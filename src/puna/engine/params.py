@@ -27,7 +27,7 @@ _RANGES: dict[str, tuple[bool, float, float, bool]] = {
     "logprobs": (True, 0, math.inf, False),
     "prompt_logprobs": (True, 0, math.inf, False),
     "num_beams": (True, 1, math.inf, False),
-    "length_penalty": (False, -math.inf, math.inf, False),
+    "length_penalty": (False, -10, 10, False),  # a length to a higher power overflows
 }
 _FLAGS = ("ignore_eos", "include_stop", "skip_special_tokens")
 
