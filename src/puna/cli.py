@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module, metadata
+from typing import Any
 
 from puna import config, options
 from puna.errors import UserError, nearest
@@ -91,7 +92,7 @@ def _run(words: list[str]) -> int:
         raise UserError(f"puna has no verb {verb!r}{nearest(verb, VERBS)} (see puna --help)")
     kind, place, _ = VERBS[verb]
     try:
-        chosen = config.parse(verb, kind, rest)
+        chosen: Any = config.parse(verb, kind, rest)
     except SystemExit:  # --help and --print-config have printed what was asked for
         return 0
     module, function = place.split(":")

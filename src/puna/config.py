@@ -12,7 +12,6 @@ one-sentence errors would each have to be patched into one, and --help must star
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
 import re
@@ -79,12 +78,12 @@ def convert_all(kind: type, mapping: Any, where: str) -> dict[str, Any]:
     """Checked values for the fields that `mapping` names, with dashes or underscores. `where` opens each error."""
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where} takes a mapping of option names to values, not {mapping!r}")
-    values = {}
+    hints, values = _hints(kind), {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
-        if name not in _hints(kind):
-            raise UserError(f"{where} has no option {key!r}{nearest(name, _hints(kind))}")
-        values[name] = convert(value, _hints(kind)[name], f"{where}: {key}")
+        if name not in hints:
+            raise UserError(f"{where} has no option {key!r}{nearest(name, hints)}")
+        values[name] = convert(value, hints[name], f"{where}: {key}")
     return values
 
 
@@ -102,17 +101,17 @@ def to_yaml(options: Any) -> str:
 
 def help_text(verb: str, kind: type) -> str:
     """What `puna VERB --help` prints: the class's docstring, then its options by the class that declares them."""
-    usage = [f"puna {verb}"]
+    hints, usage = _hints(kind), [f"puna {verb}"]
     for entry in _fields(kind):
         if entry.metadata.get("positional"):
-            word = entry.name.upper() + ("..." if typing.get_origin(_hints(kind)[entry.name]) is tuple else "")
+            word = entry.name.upper() + ("..." if typing.get_origin(hints[entry.name]) is tuple else "")
             usage.append(word if entry.default is MISSING else f"[{word}]")
     lines = ["usage: " + " ".join([*usage, "[options]"]), "", _doc(kind)]
     for owner in kind.__mro__[:-1]:
         own = [entry for entry in _fields(kind) if entry.name in owner.__dict__.get("__annotations__", {})]
         if own:
             title = "Arguments and options" if owner is kind else _doc(owner).splitlines()[0].rstrip(".")
-            lines += ["", f"{title}:", *(_describe(entry, _hints(kind)[entry.name]) for entry in own)]
+            lines += ["", f"{title}:", *(_describe(entry, hints[entry.name]) for entry in own)]
     lines += ["", "Everywhere:"]
     for head, text in (
         ("--config FILE", "read options from a YAML file; what stands on the command line wins"),
@@ -297,7 +296,6 @@ def _bare(hint: Any) -> Any:
     return members[0] if typing.get_origin(hint) in (Union, types.UnionType) and len(members) == 1 else hint
 
 
-@functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {entry.name: hints[entry.name] for entry in _fields(kind)}

@@ -1,0 +1,1 @@
+"""Timing of a model: latency over a grid of shapes, throughput of a queue of requests."""
