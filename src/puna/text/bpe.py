@@ -1,7 +1,7 @@
 """Byte-level BPE vocabularies: the tiktoken `tokenizer.model` of Llama 3, and the pre-tokenizers by their GGUF names.
 
-The split of text into words before BPE is a list of regular expressions, each applied to the pieces that the one before it
-left. llama.cpp knows the lists by name (`tokenizer.ggml.pre`); `PRE` states those of LLaMA-architecture models.
+The split of text into words before BPE is a list of regular expressions, each applied to what the one before it left.
+llama.cpp knows the lists by name (`tokenizer.ggml.pre`); `PRE` states those of LLaMA-architecture models.
 """
 
 from __future__ import annotations

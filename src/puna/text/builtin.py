@@ -11,70 +11,105 @@ from pathlib import Path
 from puna.errors import UserError, nearest
 from puna.text.parts import read_bytes
 
-# The preamble that a system message replaces, then each turn. A turn out of order is an error, not a silent guess.
-_TURNS = (
-    "{%- for message in turns %}"
-    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
-    "{{- raise_exception('after an optional system message, user and assistant must alternate') }}"
-    "{%- endif %}"
-)
-_SYSTEM = (
-    "{%- if messages[0]['role'] == 'system' %}"
-    "{%- set system = messages[0]['content'] %}{%- set turns = messages[1:] %}"
-    "{%- else %}{%- set system = none %}{%- set turns = messages %}{%- endif %}"
-)
+# A system message is split off; a turn out of order is an error, not a silent guess.
+SYSTEM = """\
+{%- if messages[0]['role'] == 'system' %}
+  {%- set system = messages[0]['content'] %}
+  {%- set turns = messages[1:] %}
+{%- else %}
+  {%- set system = none %}
+  {%- set turns = messages %}
+{%- endif %}
+{%- for message in turns %}
+  {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
+    {{- raise_exception('after an optional system message, user and assistant must alternate') }}
+  {%- endif %}
+{%- endfor %}
+"""
 
 # Stanford Alpaca, train.py, PROMPT_DICT. A user message may carry "input" beside its "content".
-ALPACA = (
-    _SYSTEM + _TURNS + "{%- if message['role'] == 'user' %}"
-    "{%- if loop.first %}{%- if system is not none %}{{- system }}"
-    "{%- elif message['input'] %}{{- 'Below is an instruction that describes a task, paired with an input that provides "
-    "further context. Write a response that appropriately completes the request.' }}"
-    "{%- else %}{{- 'Below is an instruction that describes a task. Write a response that appropriately completes the "
-    "request.' }}{%- endif %}{%- endif %}"
-    "{{- '\\n\\n### Instruction:\\n' + message['content'] }}"
-    "{%- if message['input'] %}{{- '\\n\\n### Input:\\n' + message['input'] }}{%- endif %}"
-    "{%- else %}{{- '\\n\\n### Response:' + message['content'] + eos_token }}{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '\\n\\n### Response:' }}{%- endif %}"
-)
-# Meta's llama repository, generation.py, chat_completion: each pair of turns is one text with its own BOS and EOS.
-LLAMA2 = (
-    _SYSTEM + _TURNS + "{%- if message['role'] == 'user' %}"
-    "{%- set content = message['content'] %}"
-    "{%- if loop.first and system is not none %}"
-    "{%- set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{%- endif %}"
-    "{{- bos_token + '[INST] ' + content | trim + ' [/INST]' }}"
-    "{%- else %}{{- ' ' + message['content'] | trim + ' ' + eos_token }}{%- endif %}"
-    "{%- endfor %}"
-)
+ALPACA = """\
+{%- set task = 'Below is an instruction that describes a task' %}
+{%- set context = ', paired with an input that provides further context' %}
+{%- set request = '. Write a response that appropriately completes the request.' %}
+{%- for message in turns %}
+  {%- if message['role'] == 'user' %}
+    {%- if loop.first %}
+      {{- system if system is not none else task + (context if message['input'] else '') + request }}
+    {%- endif %}
+    {{- '\\n\\n### Instruction:\\n' + message['content'] }}
+    {%- if message['input'] %}
+      {{- '\\n\\n### Input:\\n' + message['input'] }}
+    {%- endif %}
+  {%- else %}
+    {{- '\\n\\n### Response:' + message['content'] + eos_token }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '\\n\\n### Response:' }}
+{%- endif %}
+"""
+
+# Meta's llama repository, generation.py, chat_completion: each pair of turns is a text with its own BOS and EOS.
+LLAMA2 = """\
+{%- for message in turns %}
+  {%- if message['role'] == 'user' %}
+    {%- set content = message['content'] %}
+    {%- if loop.first and system is not none %}
+      {%- set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}
+    {%- endif %}
+    {{- bos_token + '[INST] ' + content | trim + ' [/INST]' }}
+  {%- else %}
+    {{- ' ' + message['content'] | trim + ' ' + eos_token }}
+  {%- endif %}
+{%- endfor %}
+"""
+
 # FastChat, conversation.py, vicuna_v1.1.
-VICUNA = (
-    _SYSTEM
-    + '{{- (system if system is not none else "A chat between a curious user and an artificial intelligence assistant. '
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.\") + ' ' }}"
-    + _TURNS
-    + "{%- if message['role'] == 'user' %}{{- 'USER: ' + message['content'] + ' ' }}"
-    "{%- else %}{{- 'ASSISTANT: ' + message['content'] + eos_token }}{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"
-)
+VICUNA = """\
+{%- set persona = 'A chat between a curious user and an artificial intelligence assistant. ' %}
+{%- set manner = "The assistant gives helpful, detailed, and polite answers to the user's questions." %}
+{{- (system if system is not none else persona + manner) + ' ' }}
+{%- for message in turns %}
+  {%- if message['role'] == 'user' %}
+    {{- 'USER: ' + message['content'] + ' ' }}
+  {%- else %}
+    {{- 'ASSISTANT: ' + message['content'] + eos_token }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- 'ASSISTANT:' }}
+{%- endif %}
+"""
+
 # OpenAI's chat markup, as SmolLM2 and others write it, without a default system message.
-CHATML = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+CHATML = """\
+{%- for message in messages %}
+  {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
 # Meta's llama3 repository, tokenizer.py, ChatFormat.
-LLAMA3 = (
-    "{{- bos_token }}"
-    "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
-)
-BUILTIN = {"alpaca": ALPACA, "chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "vicuna": VICUNA}
+LLAMA3 = """\
+{{- bos_token }}
+{%- for message in messages %}
+  {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+  {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+BUILTIN = {
+    "alpaca": SYSTEM + ALPACA,
+    "chatml": CHATML,
+    "llama2": SYSTEM + LLAMA2,
+    "llama3": LLAMA3,
+    "vicuna": SYSTEM + VICUNA,
+}
 WITH_BOS = {"llama2", "llama3"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from puna.errors import UserError
 from puna.text import bpe, spm
-from puna.text.parts import Parts, flatten, set_ends, state
+from puna.text.parts import Parts, add_tokens, flatten, set_ends, state
 from puna.text.spm import BYTE, BYTE_PIECE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece
 
 PREFIX = "tokenizer.ggml."
@@ -81,19 +81,11 @@ def _read_bpe(fields: Mapping[str, Any], tokens: list[str]) -> Parts:
         )
     # Added tokens after the last ordinary one stay out of the model, as they do in Hugging Face files.
     size = max((i + 1 for i, kind in enumerate(types) if kind in (NORMAL, UNUSED)), default=0)
-    merges = [tuple(str(merge).split(" ", 1)) for merge in _array(fields, "merges", None)]
-    if any(len(merge) != 2 for merge in merges):
-        raise UserError(f"The GGUF file's {PREFIX}merges are not pairs of tokens; fetch it again.")
+    merges = [(left, right) for left, _, right in (str(pair).partition(" ") for pair in _array(fields, "merges", None))]
     backend = bpe.build({token: i for i, token in enumerate(tokens[:size])}, merges, pre)
-    _add(backend, tokens, types)
+    kinds = zip(tokens, types, strict=True)
+    add_tokens(backend, [(t, kind != USER_DEFINED) for t, kind in kinds if kind in (UNKNOWN, CONTROL, USER_DEFINED)])
     return Parts(backend, add_bos=bpe.NAMES[pre] in bpe.IGNORE_MERGES)
-
-
-def _add(backend: Any, tokens: list[str], types: list[int]) -> None:
-    from puna.text.parts import add_tokens
-
-    added = (UNKNOWN, CONTROL, USER_DEFINED)
-    add_tokens(backend, [(t, kind != USER_DEFINED) for t, kind in zip(tokens, types, strict=True) if kind in added])
 
 
 def _types(fields: Mapping[str, Any], tokens: list[str]) -> list[int]:
@@ -153,8 +145,8 @@ def _write_bpe(parts: Parts, pairs: list[tuple[str, ...]]) -> dict[str, Any]:
     if pre is None:
         raise UserError(
             "llama.cpp has no name for this tokenizer's pre-tokenizer "
-            f"({json.dumps(state(parts.backend.pre_tokenizer), ensure_ascii=False)[:200]}), so a GGUF of it would tokenise "
-            "differently; keep the checkpoint in the Hugging Face layout."
+            f"({json.dumps(state(parts.backend.pre_tokenizer), ensure_ascii=False)[:200]}), "
+            "so a GGUF of it would tokenise differently; keep the checkpoint in the Hugging Face layout."
         )
     merges = [" ".join(pair) for pair in pairs]
     return {"model": "gpt2", "pre": pre, "merges": merges, "add_space_prefix": False}
@@ -169,8 +161,8 @@ def _write_spm(parts: Parts, pairs: list[tuple[str, ...]], tokens: list[str]) ->
         step["type"] != "Metaspace" or step.get("split") for step in metaspace
     ):
         raise UserError(
-            "llama.cpp has no equal of this tokenizer's text normalisation, so a GGUF of it would tokenise differently; "
-            "keep the checkpoint in the Hugging Face layout."
+            "llama.cpp has no equal of this tokenizer's text normalisation, "
+            "so a GGUF of it would tokenise differently; keep the checkpoint in the Hugging Face layout."
         )
     prefix = any(name == "Prepend" for name, _ in normalizers) or any(
         step["prepend_scheme"] != "never" for step in metaspace

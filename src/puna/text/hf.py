@@ -1,8 +1,8 @@
 """Hugging Face tokenizer directories, in and out.
 
-What comes from a checkpoint goes back unchanged: tokenizer.json byte for byte unless something had to be added to it, and
-unknown keys of tokenizer_config.json. The one thing changed on purpose is `tokenizer_class`: transformers rebuilds
-`LlamaTokenizer` from its vocabulary with other rules for spaces (4 and 5 differ), but reads a `PreTrainedTokenizerFast`
+What comes from a checkpoint goes back unchanged: tokenizer.json byte for byte unless something had to be added to it,
+and unknown keys of tokenizer_config.json. The one thing changed on purpose is `tokenizer_class`: transformers rebuilds
+`LlamaTokenizer` from its vocabulary with other rules for spaces (4 and 5 differ), but reads `PreTrainedTokenizerFast`
 from tokenizer.json as it stands.
 """
 
@@ -174,7 +174,7 @@ def _templates(folder: Path, config: dict[str, Any], files: dict[str, bytes]) ->
 
 
 def write_directory(parts: Parts, folder: Path) -> None:
-    """Write the files from which transformers 4 and 5 make the same tokenizer. Each file appears whole or not at all."""
+    """Write the files from which transformers 4 and 5 make the same tokenizer. Each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {"tokenizer.json": parts.backend.to_str(pretty=True).encode()} | parts.files
     config = parts.config | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -74,7 +74,7 @@ def flatten(component: Any, children: str) -> list[dict[str, Any]]:
 
 
 def add_tokens(backend: tokenizers.Tokenizer, tokens: Iterable[tuple[str, bool]]) -> None:
-    """Register (text, special) tokens, which then match before any other rule. Those of the vocabulary keep their id."""
+    """Register (text, special) tokens, which then match before any other rule. Those already known keep their id."""
     backend.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in tokens])
 
 

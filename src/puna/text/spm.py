@@ -1,7 +1,7 @@
 """SentencePiece vocabularies: the `tokenizer.model` of LLaMA 1 and 2, and llama2.c's `tok*.bin`.
 
-SentencePiece merges the neighbours whose union has the best score. The `tokenizers` library merges by a list of pairs, so
-the pairs are recovered from the scores: every way to split a piece in two, best piece first (what transformers does too).
+SentencePiece merges the neighbours whose union has the best score. The `tokenizers` library merges by a list of pairs,
+so the pairs are recovered from the scores: every way to split a piece in two, best piece first (as transformers does).
 Control, byte and unused pieces never come out of a merge: text that spells `</s>` must not become the token.
 """
 
@@ -47,8 +47,9 @@ def read_spm(path: str | Path, *, legacy: bool = True, prefix_space: bool | None
         kind = {1: "unigram", 3: "word", 4: "char"}.get(int(trainer.get(3, 1)), "unknown")
         raise UserError(f"{path} is a SentencePiece model of type {kind}; puna reads BPE, which the LLaMA family uses.")
     prefix = bool(normalizer.get(3, 1)) if prefix_space is None else prefix_space
-    before = []
-    if charsmap := normalizer.get(2, b""):
+    before: list[normalizers.Normalizer] = []
+    charsmap = normalizer.get(2)
+    if isinstance(charsmap, bytes) and charsmap:
         try:
             before.append(normalizers.Precompiled(charsmap))
         except Exception as error:  # the library raises a bare Exception for a bad map
@@ -112,9 +113,7 @@ def build(
     size = max((i + 1 for i, piece in enumerate(pieces) if piece.type in (NORMAL, UNUSED, BYTE, UNKNOWN)), default=0)
     vocab = {piece.text: i for i, piece in enumerate(pieces[:size])}
     if len({piece.text for piece in pieces}) != len(pieces):
-        raise UserError(
-            "The tokenizer has the same piece under two ids, so texts have no single encoding; fetch it again."
-        )
+        raise UserError("The tokenizer has the same piece under two ids; fetch it again.")
     unknown = next((piece.text for piece in pieces if piece.type == UNKNOWN), None)
     model = models.BPE(
         vocab=vocab,
@@ -141,21 +140,21 @@ def build(
 
 
 def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """The merge list that orders pairs as the scores do; equal scores fall back on the longer left part."""
+    """The merge list that orders pairs as the scores do; the pairs of one piece stand in the order of their ids."""
     ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type == NORMAL}
     found = []
     for text, index in ids.items():
         pairs = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in ids and text[i:] in ids]
         pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         found += [(pieces[index].score, *pair) for pair in pairs]
-    found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
+    found.sort(key=lambda merge: merge[0], reverse=True)  # stable, so this is the list in Llama 2's own tokenizer.json
     return [(left, right) for _, left, right in found]
 
 
 def scores(vocab: dict[str, int], pairs: list[tuple[str, str]], special: set[str]) -> dict[str, float]:
     """The reverse of `merges`: piece -> score, 0 for pieces that no pair makes.
 
-    Raises UserError where no scores give the same order, that is, where SentencePiece would merge what the list doesn't.
+    UserError where no scores give the same order, that is, where SentencePiece would merge what the list doesn't.
     """
     order: dict[str, float] = {}
     last = None

@@ -1,8 +1,8 @@
 """Chat templates: Jinja programs that come with a checkpoint, so they are untrusted and run in a bounded sandbox.
 
-The environment is that of transformers (5.x, `chat_template_utils`), so that the same template gives the same text. On top
-come bounds: the size of the source, the number of steps, and the size of any text or list that is built on the way. A
-template can neither reach Python nor keep the process busy for ever.
+The environment is that of transformers (5.x, `chat_template_utils`), so that the same template gives the same text. On
+top come bounds: the size of the source, the number of steps, and the size of any text or list that is built on the
+way. A template can neither reach Python nor keep the process busy for ever.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _weight(value: Any) -> int:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant says; for the text it is no more than its body."""
+    """`{% generation %}...{% endgeneration %}` marks what the assistant says; the text is that of its body."""
 
     tags = {"generation"}
 

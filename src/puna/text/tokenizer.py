@@ -100,16 +100,15 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool | None = None, special: bool = True) -> list[int]:
         """Ids of a text. `bos`: None adds BOS (and EOS) as the checkpoint does, True and False rule over BOS alone.
 
-        The BOS is added only where the text doesn't start with it. With `special=False` the names of special tokens in the
-        text, say `<|eot_id|>`, are plain text.
+        The BOS is added only where the text doesn't start with it. With `special=False` the names of special tokens in
+        the text, say `<|eot_id|>`, are plain text.
         """
         backend = self._backend if special else self._plain
         try:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
-            raise UserError(
-                "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
-            ) from error
+            message = "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
+            raise UserError(message) from error
         if bos and self.bos_id is None:
             raise UserError("A BOS was asked for, but this checkpoint's tokenizer has none.")
         if (self.add_bos if bos is None else bos) and ids[:1] != [self.bos_id]:
@@ -119,7 +118,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids; bytes that spell no character become U+FFFD. Ids without a token (vocabulary padding) say nothing."""
+        """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) say nothing."""
         return self._pieces.join(ids, skip_special=skip_special)
 
     def stream(self, *, skip_special: bool = True) -> Stream:
@@ -192,13 +191,13 @@ class Tokenizer:
         )
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **kw: Any) -> list[int]:
-        """Ids of a conversation: what the template renders and no more, so a BOS is there once, if the template has it."""
+        """Ids of a conversation: what the template renders and no more, so the BOS is the template's own."""
         return self.encode(self.render(messages, **kw), bos=False)
 
     # Checks
 
     def fingerprint(self) -> str:
-        """sha256 over what decides the ids and the prompts: vocabulary, merges, splitting, special tokens, templates."""
+        """sha256 over what decides ids and prompts: vocabulary, merges, splitting, special tokens, templates."""
         parts, model = self._parts, state(self._backend.model) or {}
         added = self._backend.get_added_tokens_decoder()
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
@@ -218,6 +217,6 @@ class Tokenizer:
         """UserError when an id would be outside a model of `vocab_size` rows."""
         if self.vocab_size > vocab_size:
             raise UserError(
-                f"The tokenizer has ids up to {self.vocab_size - 1} ({self.token(self.vocab_size - 1)!r}), but the model's "
-                f"vocabulary has {vocab_size} rows; use the tokenizer that belongs to the model."
+                f"The tokenizer has ids up to {self.vocab_size - 1} ({self.token(self.vocab_size - 1)!r}), "
+                f"but the model's vocabulary has {vocab_size} rows; use the tokenizer that belongs to the model."
             )
