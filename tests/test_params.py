@@ -48,6 +48,7 @@ from puna.errors import UserError
         {"early_stopping": "always"},
         {"early_stopping": 1},
         {"length_penalty": float("nan")},
+        {"length_penalty": 11},
         {"num_beams": 2, "n": 3},
         {"num_beams": 2, "stop": "\n"},
         {"num_beams": 2, "logprobs": 1},
@@ -66,13 +67,12 @@ def test_spellings_become_one() -> None:
     assert (params.top_k, params.stop, params.stop_token_ids, params.logit_bias) == (0, ("\n",), (7,), {50: -3.0})
 
 
-def test_the_default_is_greedy_and_plain() -> None:
-    assert SamplingParams().greedy and SamplingParams().plain
+def test_the_default_is_greedy_and_adjusts_nothing() -> None:
+    assert SamplingParams().greedy and not SamplingParams().adjusts
     assert SamplingParams(temperature=1e-6).greedy
     for changed in ({"min_tokens": 1}, {"logit_bias": {1: 1}}, {"repetition_penalty": 1.1}, {"presence_penalty": 1}):
-        assert SamplingParams(**changed).reshaped and not SamplingParams(**changed).plain
-    assert not SamplingParams(logprobs=0).plain
-    assert not SamplingParams(temperature=1).plain
+        assert SamplingParams(**changed).adjusts
+    assert not SamplingParams(temperature=1).adjusts
 
 
 def test_merged_values_win_and_none_is_not_given() -> None:

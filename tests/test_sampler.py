@@ -58,12 +58,14 @@ def transformers_filters(params: SamplingParams, keep: int) -> hf.LogitsProcesso
 @pytest.mark.parametrize("vocab", [5, 256, 1000, 5001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_filters_equal_transformers(dtype: torch.dtype, vocab: int, keep: int) -> None:
+    """Exactly in float64; in float32 a nucleus may end a token earlier or later, by the rounding of its mass."""
     logits = random_logits(vocab + keep, len(FILTERS), vocab, dtype)
     rows = [row(**{"temperature": 1.0, **options}) for options in FILTERS]
     ours = process(logits, rows, keep)
     for i, asked in enumerate(rows):
         theirs = transformers_filters(asked.params, keep)(None, logits[i : i + 1].clone())  # type: ignore[arg-type]
-        assert torch.equal(ours[i], theirs[0]), FILTERS[i]
+        apart = logits[i].softmax(-1)[ours[i] != theirs[0]].sum()
+        assert apart <= (0 if dtype == torch.float64 else 1e-6), FILTERS[i]
 
 
 def test_top_k_keeps_ties_as_transformers_does() -> None:

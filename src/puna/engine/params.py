@@ -123,16 +123,11 @@ class SamplingParams:
         return self.temperature < 1e-5
 
     @cached_property
-    def reshaped(self) -> bool:
-        """True when bias, penalties or a minimum length may change the logits before the draw."""
+    def adjusts(self) -> bool:
+        """True when bias, penalties or a minimum length may change the logits before any filter."""
         return bool(self.logit_bias or self.min_tokens) or (
             (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
         )
-
-    @cached_property
-    def plain(self) -> bool:
-        """True when the argmax of the raw logits is all there is to do."""
-        return self.greedy and not self.reshaped and self.logprobs is None
 
     def merged(self, over: Mapping[str, Any]) -> SamplingParams:
         """A copy with the values of `over`, for which None means "not given"; an unknown name is a UserError."""

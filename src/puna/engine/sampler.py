@@ -1,8 +1,8 @@
 """From logits to tokens, many requests at once: the likeliest token, or a draw that each request can repeat alone.
 
 A row's token depends on its own logits, parameters, seed and position, never on the rows beside it: every reduction
-runs along the vocabulary in an order that doesn't depend on the batch (bit for bit on the CPU; on a GPU the cumulative
-sums, in float64, may differ in their last bits).
+runs along the vocabulary in an order that doesn't depend on the batch (bit for bit on the CPU; on a GPU the sums may
+differ in their last bits).
 
 A draw inverts the cumulative distribution in vocabulary order. In order of descending probability, two nearly equal
 logits that swap places (another kernel, another split over devices) would move everything between them; in vocabulary
@@ -70,7 +70,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     logits: [len(rows), vocab], any float dtype, any device; not changed. Works in float32 (float64 for float64).
     Raises NanLogits, which names the rows at fault, when a row's largest logit is not finite.
     """
-    scores = _reshape(logits, rows)
+    scores = _adjust(logits, rows)
     tokens, peaks = _argmax(scores)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if len(drawn) == len(rows):
@@ -86,22 +86,16 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     for top, members in wanted.items():
         for part in token_logprobs(logits[members], tokens[members], top):
             parts.append(part.double().flatten())
-    values = iter(torch.cat(parts).tolist())  # the only wait for the device
+    found = torch.cat(parts).cpu().split([part.numel() for part in parts])  # the only wait for the device
 
-    def take(count: int) -> list[float]:
-        return [next(values) for _ in range(count)]
-
-    ids = [int(token) for token in take(len(rows))]
-    bad = [i for i, peak in enumerate(take(len(rows))) if not math.isfinite(peak)]
-    if bad:
+    if bad := [i for i, peak in enumerate(found[1].tolist()) if not math.isfinite(peak)]:
         raise NanLogits(bad)
-    out = [Sampled(token, None, None) for token in ids]
-    for top, members in wanted.items():
-        chosen, tops, levels = take(len(members)), take(top * len(members)), take(top * len(members))
-        for n, i in enumerate(members):
-            part = slice(n * top, (n + 1) * top)
-            pairs = [(int(token), level) for token, level in zip(tops[part], levels[part], strict=True)]
-            out[i] = Sampled(ids[i], chosen[n], pairs)
+    out = [Sampled(token, None, None) for token in found[0].long().tolist()]
+    for n, (top, members) in enumerate(wanted.items()):
+        chosen, ids, levels = found[2 + 3 * n : 5 + 3 * n]
+        ids, levels = ids.long().view(len(members), top), levels.view(len(members), top)
+        for i, level, row_ids, row_levels in zip(members, chosen.tolist(), ids.tolist(), levels.tolist(), strict=True):
+            out[i] = Sampled(out[i].token, level, list(zip(row_ids, row_levels, strict=True)))
     return out
 
 
@@ -123,7 +117,7 @@ def process(logits: Tensor, rows: Sequence[Row], keep: int = 1) -> Tensor:
     temperature, top-k, top-p, min-p, typical-p. `keep` is their min_tokens_to_keep. One difference: logits equal to the
     last one inside the top-p nucleus stay, where transformers keeps as many of them as its sort happens to put first.
     """
-    scores = _wide(_reshape(logits, rows))
+    scores = _wide(_adjust(logits, rows))
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if not drawn:
         return scores.clone() if scores is logits else scores
@@ -171,9 +165,9 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return (block * _BLOCK + place)[:, 0], inner.gather(1, place)[:, 0]
 
 
-def _reshape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Bias, penalties and minimum length; `logits` itself when no row asks for any."""
-    asking = [(i, row, row.params) for i, row in enumerate(rows) if row.params.reshaped]
+    asking = [(i, row, row.params) for i, row in enumerate(rows) if row.params.adjusts]
     if not asking:
         return logits
     x = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
