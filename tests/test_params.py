@@ -45,6 +45,7 @@ from puna.errors import UserError
         {"ignore_eos": 1},
         {"logprobs": -1},
         {"num_beams": 0},
+        {"num_beams": 129},
         {"early_stopping": "always"},
         {"early_stopping": 1},
         {"length_penalty": float("nan")},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from puna.engine.params import SamplingParams
-from puna.engine.sampler import NanLogits, Row, fork_seed, process, sample, token_logprobs, uniform
+from puna.engine.sampler import NanLogits, Row, _mix, fork_seed, process, sample, token_logprobs, uniform
 
 
 def row(position: int = 0, seed: int = 0, prompt=(), output=(), stop_ids=(), **params) -> Row:
@@ -202,8 +202,6 @@ def test_extreme_noise_never_lands_on_a_token_of_no_probability(monkeypatch: pyt
 def test_noise_is_splitmix64_of_seed_and_position() -> None:
     # First outputs of the reference generator seeded with 1234567 (Vigna, splitmix64.c).
     state, golden = 1234567, 0x9E3779B97F4A7C15
-    from puna.engine.sampler import _mix
-
     assert [_mix(state + i * golden) for i in range(3)] == [
         6457827717110365317,
         3203168211198807973,

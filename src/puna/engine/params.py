@@ -26,7 +26,7 @@ _RANGES: dict[str, tuple[bool, float, float, bool]] = {
     "seed": (True, 0, 2**64 - 1, False),
     "logprobs": (True, 0, math.inf, False),
     "prompt_logprobs": (True, 0, math.inf, False),
-    "num_beams": (True, 1, math.inf, False),
+    "num_beams": (True, 1, 128, False),  # torch draws from at most 2**24 candidates: beams * vocabulary
     "length_penalty": (False, -10, 10, False),  # a length to a higher power overflows
 }
 _FLAGS = ("ignore_eos", "include_stop", "skip_special_tokens")
