@@ -10,26 +10,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
+from puna.text import Tokenizer
 from puna.weights import safetensors, torch_file
-from puna.weights.source import Index, Reader, Source, TensorInfo, in_model_order, main_dtype, read_json, write_json
-
-if TYPE_CHECKING:
-    from puna.text import Tokenizer
+from puna.weights.source import (
+    Index,
+    Reader,
+    Source,
+    TensorInfo,
+    cast,
+    in_model_order,
+    main_dtype,
+    read_json,
+    write_json,
+)
 
 KINDS = ("model.safetensors", "pytorch_model.bin")  # preferred first
 MAX_SHARD = 5_000_000_000  # bytes, as transformers
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # What config.json says beside the shape, and is carried over as it is.
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache")
-# The first three are tokenizers, the others belong to one.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
-                   "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,13 +115,11 @@ def native_config(config: ModelConfig, said: Mapping[str, Any], tensors: Mapping
 
 
 def has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).exists() for name in TOKENIZER_FILES[:3])
+    return any((directory / name).exists() for name in TOKENIZERS)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer in a Hugging Face directory, None when there is none."""
-    from puna.text import Tokenizer
-
     return Tokenizer.load(directory) if has_tokenizer(directory) else None
 
 
@@ -142,7 +148,7 @@ def write_weights(
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = KINDS[0] if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        safetensors.write_file(dst / file, shard, lambda name: read(name).to(tensors[name].dtype))
+        safetensors.write_file(dst / file, shard, lambda name: cast(name, read(name), tensors[name].dtype))
         index |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(info.nbytes for info in tensors.values())

@@ -10,18 +10,15 @@ from __future__ import annotations
 import math
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
+from puna.text import Tokenizer
 from puna.weights.rope_order import is_rotated, read_halves
 from puna.weights.source import Index, Source, TensorInfo, in_model_order
-
-if TYPE_CHECKING:
-    from puna.text import Tokenizer
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER = "<7i"  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len
@@ -99,7 +96,7 @@ def open_llama2c(path: Path) -> Source:
         files=[path, *([tokenizer] if tokenizer else [])],
         details={"version": version},
         reader=read,
-        load_tokenizer=lambda: _tokenizer(tokenizer),
+        load_tokenizer=lambda: Tokenizer.from_llama2c(tokenizer) if tokenizer else None,
     )
 
 
@@ -130,9 +127,3 @@ def _starts(config: ModelConfig, version: int, start: int, skipped: int) -> tupl
 
 def _tokenizer_files(path: Path, vocab_size: int) -> list[Path]:
     return [path.with_name(f"tok{vocab_size}.bin"), path.with_name("tokenizer.bin")]
-
-
-def _tokenizer(file: Path | None) -> Tokenizer | None:
-    from puna.text import Tokenizer
-
-    return Tokenizer.from_llama2c(file) if file else None

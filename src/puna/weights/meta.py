@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +25,7 @@ from puna.weights import hf, torch_file
 from puna.weights.meta_params import LLAMA3_VOCAB, config_from, params_from
 from puna.weights.parts import Part, Shape, assemble, side_by_side
 from puna.weights.rope_order import is_rotated, read_halves, to_pairs
-from puna.weights.source import Index, Source, TensorInfo, in_model_order, main_dtype, read_json, write_json
-
-if TYPE_CHECKING:
-    from puna.text import Tokenizer
+from puna.weights.source import Index, Source, TensorInfo, cast, in_model_order, main_dtype, read_json, write_json
 
 OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 LAYER = {
@@ -105,7 +101,7 @@ def open_meta(path: Path) -> Source:
         files=[*files, *(path / name for name in others if (path / name).exists())],
         details={"shards": len(files), "params": params},
         reader=read,
-        load_tokenizer=lambda: _tokenizer(path, config),
+        load_tokenizer=lambda: hf.load_tokenizer(path),
     )
 
 
@@ -133,21 +129,19 @@ def write_meta(source: Source, dst: Path, dtype: torch.dtype | None = None, *, s
             if is_rotated(name):
                 part = to_pairs(part, config.head_dim)
             # A fresh tensor: torch.save writes the whole storage behind a view, which is a file.
-            state[_meta_name(name)] = part.to(dtype or info.dtype, copy=True, memory_format=torch.contiguous_format)
+            part = cast(name, part, dtype or info.dtype)
+            state[_meta_name(name)] = part.clone(memory_format=torch.contiguous_format)
         if config.tie_word_embeddings:
             rows = source.read(hf.EMBEDDING, (chunk(config.vocab_size, rank, shards),))
             state["output.weight"] = rows.to(state["norm.weight"].dtype, copy=True)
-        torch.save(state, dst / f"consolidated.{rank:02d}.pth")
+        torch_file.save_file(state, dst / f"consolidated.{rank:02d}.pth")
     tensors = {name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()}
     write_json(dst / "params.json", params)
     write_json(dst / "config.json", {**source.hf_config, "torch_dtype": main_dtype(tensors)})
     if source.generation:
         write_json(dst / "generation_config.json", source.generation)
     if tokenizer := source.tokenizer():
-        tokenizer.save(dst)
-    original = source.path / "tokenizer.model"
-    if original.is_file():
-        shutil.copyfile(original, dst / original.name)
+        tokenizer.save(dst)  # with the tokenizer.model that Meta's code reads, where the checkpoint has one
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -232,14 +226,3 @@ def _agreed(path: Path, ours: ModelConfig, said: ModelConfig) -> ModelConfig:
         if getattr(ours, field.name) != getattr(said, field.name):
             raise UserError(f"{path}: params.json and config.json disagree on {field.name}; remove the wrong one")
     return said
-
-
-def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
-    from puna.text import Tokenizer
-
-    if any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return hf.load_tokenizer(path)
-    model = path / "tokenizer.model"
-    if not model.exists():
-        return None
-    return Tokenizer.from_tiktoken(model) if config.vocab_size >= LLAMA3_VOCAB else Tokenizer.from_spm(model)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.progress import meter
+from puna.errors import UserError
+from puna.progress import meter, track
 from puna.text import Tokenizer
 from puna.weights.source import Index, Source
 from puna.weights.streamed import STEP, trace
@@ -31,8 +32,8 @@ class ProofError(Exception):
 def prove(source: Source, expected: Source, result: Source) -> dict[str, Any]:
     """Compares `result`, read back, with `expected`: `source` in the numbers that were to be stored.
 
-    Returns what was compared, for the manifest. Raises `ProofError` naming the first difference. Memory: `STEP` elements
-    of a tensor, and the activations of the probe prompts.
+    Returns what was compared, for the manifest. Raises `ProofError` naming the first difference. Takes the memory of
+    `STEP` elements of a tensor and of the probes' activations.
     """
     _same_config(source, result)
     proof: dict[str, Any] = {"tensors": _same_tensors(expected, result)}
@@ -88,28 +89,30 @@ def _same_tokenizer(source: Tokenizer, result: Tokenizer | None) -> int:
     for text in PROBES:
         if source.encode(text) != result.encode(text):
             raise ProofError(f"the result's tokenizer encodes {text!r} otherwise")
-    for what in ("stop_ids", "chat_template"):
-        if getattr(source, what) != getattr(result, what):
-            raise ProofError(f"the result's tokenizer has another {what}")
+    if set(source.stop_ids) != set(result.stop_ids):
+        raise ProofError(f"the result's tokenizer stops at {result.stop_ids}, the source's at {source.stop_ids}")
+    if source.chat_template != result.chat_template:
+        raise ProofError("the result's tokenizer has another chat template")
     return len(PROBES)
+
+
+def _logits(source: Source, ids: Tensor) -> Tensor:
+    steps = track(trace(source, ids), "Computing logits", total=source.config.num_hidden_layers + 3)
+    return dict(steps)["lm_head"]
 
 
 def _same_logits(source: Source, expected: Source, result: Source) -> dict[str, Any]:
     """Logits of random ids: those of the stored numbers must be equal, how far the source's own are is reported."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(source.config.vocab_size, PROBE_SHAPE, generator=generator)
-    runs = []
-    with meter("Comparing logits", 3 * (source.config.num_hidden_layers + 3)) as advance:
-        for checkpoint in (source, expected, result):
-            for _, value in trace(checkpoint, ids):
-                advance(1)
-            runs.append(value)
-    original, stored, found = runs
+    original = _logits(source, ids)
+    if not original.isfinite().all():
+        raise UserError(f"{source.path} gives logits that aren't finite, its weights are damaged; fetch it again")
+    stored = original if expected is source else _logits(expected, ids)
+    found = _logits(result, ids)
     if not torch.equal(stored, found):
         worst = (stored - found).abs().max().item()
         raise ProofError(f"the result's logits are up to {worst:.3g} from the source's on {ids.numel()} tokens")
-    if not torch.isfinite(found).all():
-        raise ProofError("the result's logits are not finite; neither are the source's with such numbers")
     log_p, log_q = original.double().log_softmax(-1), found.double().log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     return {

@@ -89,6 +89,7 @@ def write_ranks(source: Source, dst: Path, dtype: torch.dtype | None = None, *, 
     if tokenizer := source.tokenizer():
         (dst / TOKENIZER).mkdir()
         tokenizer.save(dst / TOKENIZER)
+        write_json(dst / TOKENIZER / "generation_config.json", {"eos_token_id": list(tokenizer.stop_ids)})
 
 
 def _write_rank(source: Source, dst: Path, dtype: torch.dtype | None, rank: int, ranks: int) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from puna.errors import UserError
+from puna.weights import hub
 
 if TYPE_CHECKING:
     from puna.model.config import ModelConfig
@@ -87,8 +88,6 @@ def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
     Raises `UserError` when there is no such checkpoint, its format isn't known, it isn't a LLaMA, or a tensor is
     missing, unmapped or misshapen.
     """
-    from puna.weights import hub
-
     path = hub.resolve(ref, revision)
     for name in FORMATS:
         module = importlib.import_module(f"puna.weights.{name}")
@@ -112,17 +111,26 @@ def check_tensors(source: Source) -> None:
     actual = {name: info.shape for name, info in source.tensors.items()}
     wrong = [f"{name} has shape {list(actual[name])}, the config says {list(shape)}"
              for name, shape in expected.items() if name in actual and actual[name] != tuple(shape)]  # fmt: skip
-    weird = [f"{name} is {info.dtype}" for name, info in source.tensors.items()
+    quantised = [f"{name} is {info.dtype}" for name, info in source.tensors.items()
              if not info.dtype.is_floating_point or info.dtype.itemsize < 2]  # fmt: skip
     problems = (
         ("is missing", [name for name in expected if name not in actual]),
         ("has tensors that a LLaMA doesn't:", [name for name in actual if name not in expected]),
         ("doesn't fit its config:", wrong),
-        ("is quantised in a way that puna doesn't read:", weird),
+        ("is quantised in a way that puna doesn't read:", quantised),
     )
     said = [f"{what} {_some(names)}" for what, names in problems if names]
     if said:
         raise UserError(f"{source.path} {', and '.join(said)}")
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`; `UserError` when it holds values that float16 has no number for."""
+    if dtype == torch.float16 != tensor.dtype and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        if max(-low.item(), high.item()) > torch.finfo(dtype).max:
+            raise UserError(f"{name} has values beyond float16's 65,504: write bfloat16 or float32")
+    return tensor.to(dtype)
 
 
 def in_model_order(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -13,6 +13,17 @@ from torch import Tensor
 from puna.errors import UserError
 
 
+def save_file(state: dict[str, Tensor], path: Path) -> None:
+    """Writes a state dict. Raises `OSError` when the disk is full, where torch hides it behind an error of its own."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 def load_file(path: Path) -> dict[str, Tensor]:
     """The state dict in the file. Its tensors are views of the mapped file, except in torch's old, unzipped format,
     which is read whole.

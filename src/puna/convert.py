@@ -1,0 +1,250 @@
+"""`puna convert`: a checkpoint of any format into another, tensor by tensor, proven against its source.
+
+The result is written beside its destination and moved there when it is whole, on disk and proven: what is stopped, by
+Ctrl-C, a full disk or a power cut, leaves nothing that looks like a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.errors import UserError, nearest
+from puna.options import ConvertOptions
+from puna.progress import meter, track
+from puna.weights import proof
+from puna.weights.gguf_write import write_gguf
+from puna.weights.hf import MAX_SHARD, write_hf
+from puna.weights.meta import write_meta
+from puna.weights.ranks import write_ranks
+from puna.weights.source import Index, Source, open_source, write_json
+from puna.weights.staging import manifest_path, staged
+
+FORMATS = ("hf", "gguf", "meta", "ranks")
+DTYPES: dict[str, Any] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "q8_0": "q8_0",
+}
+Q8_0_BLOCK = 32  # numbers of a row that share a scale
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` has done. `bytes` are those of the files written, `manifest` is what stands in puna.json."""
+
+    path: Path
+    bytes: int
+    seconds: float
+    manifest: dict[str, Any]
+
+
+def run(options: ConvertOptions) -> int:
+    """The verb: converts, and says on stderr what it did; on stdout stands the path."""
+    done = convert(
+        options.src,
+        options.dst,
+        options.to,
+        options.dtype,
+        ranks=options.ranks,
+        revision=options.revision,
+        overwrite=options.overwrite,
+        max_shard=int(options.max_shard_gb * 1e9),
+        prove=options.proof,
+    )
+    print(summary(done), file=sys.stderr)
+    print(done.path)
+    return 0
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str = "hf",
+    dtype: str = "auto",
+    *,
+    ranks: int = 1,
+    revision: str | None = None,
+    overwrite: bool = False,
+    max_shard: int = MAX_SHARD,
+    prove: bool = True,
+) -> Conversion:
+    """Writes the checkpoint `src` (path, Hub id or alias) to `dst` in format `to`: hf, gguf, meta or ranks.
+
+    `dtype`: auto (each tensor's own), float32, bfloat16, float16, or for gguf q8_0. `ranks`: parts of a meta or ranks
+    result. `max_shard`: bytes of an hf weight file. An existing `dst` is replaced only under `overwrite`, and only if
+    an earlier conversion wrote it. Raises `UserError` for what can't be converted, `ProofError` when the result, read
+    back, isn't its source; `dst` is then as it was.
+    """
+    start = time.perf_counter()
+    _check_options(to, dtype, ranks, max_shard)
+    target = DTYPES[dtype]
+    writers: dict[str, Callable[[Source, Path], None]] = {
+        "hf": lambda source, path: write_hf(source, path, target, max_shard=max_shard),
+        "gguf": lambda source, path: write_gguf(source, path, target),
+        "meta": lambda source, path: write_meta(source, path, target, shards=ranks),
+        "ranks": lambda source, path: write_ranks(source, path, target, ranks=ranks),
+    }
+    dst = Path(dst)
+    with open_source(src, revision=revision) as source:
+        _check(source, target, dst)
+        with staged(dst, overwrite) as path:
+            total = sum(info.nbytes for info in source.tensors.values())
+            with meter(f"Converting to {to}", total, "B") as advance:
+                writers[to](_metered(source, advance), path)
+            with open_source(path) as result:
+                proven = _prove(source, result, to, target) if prove else "not asked for"
+                manifest = _manifest(source, result, dtype, proven)
+                size = sum(file.stat().st_size for file in result.files)
+            write_json(manifest_path(path), manifest)
+    return Conversion(dst, size, time.perf_counter() - start, manifest)
+
+
+def summary(done: Conversion) -> str:
+    """What was done and proven, in two lines."""
+    result, proven = done.manifest["result"], done.manifest["proof"]
+    written = f"{result['format']}, {result['dtype']}, {result['tensors']} tensors, {done.bytes / 1e6:,.1f} MB"
+    if not isinstance(proven, dict):
+        return f"{done.path}: {written} in {done.seconds:.1f} s, not proven"
+    logits = proven["logits"]
+    drift = f"differ by at most {logits['max_difference']:.2g} (mean KL {logits['mean_kl']:.1g})"
+    tokenizer = "the tokenizer gives the same ids" if "tokenizer_probes" in proven else "there is no tokenizer"
+    return (
+        f"{done.path}: {written} in {done.seconds:.1f} s\n"
+        f"proof: the config and all tensors as stored are the source's, bit for bit; {tokenizer}; logits of"
+        f" {logits['tokens']} tokens {drift if logits['max_difference'] else 'are equal'}"
+    )
+
+
+def _check_options(to: str, dtype: str, ranks: int, max_shard: int) -> None:
+    if to not in FORMATS:
+        raise UserError(f"puna doesn't write {to!r}, only {', '.join(FORMATS)}{nearest(to, FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"there is no dtype {dtype!r}, only {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    if dtype == "q8_0" and to != "gguf":
+        raise UserError(f"q8_0 is a type of GGUF, {to} can't hold it: choose --to gguf or another --dtype")
+    if ranks != 1 and to not in ("meta", "ranks"):
+        raise UserError(f"{to} isn't split over ranks: choose --to meta or --to ranks, or leave --ranks out")
+    if max_shard < 1:
+        raise UserError("the largest weight file must have room for something: choose --max-shard-gb above 0")
+
+
+def _check(source: Source, dtype: torch.dtype | str | None, dst: Path) -> None:
+    """What can be known before hours of writing: a tokenizer that doesn't fit, a result over its source, a full disk."""
+    if (tokenizer := source.tokenizer()) is not None:
+        tokenizer.check_fits(source.config.vocab_size)
+    final = dst.resolve()
+    for file in (path.resolve() for path in [source.path, *source.files]):
+        if final == file or final in file.parents:
+            raise UserError(f"{dst} holds the checkpoint that is to be converted: choose another destination")
+    need = 0.0
+    for info in source.tensors.values():
+        size = dtype.itemsize if isinstance(dtype, torch.dtype) else 34 / 32 if dtype else info.dtype.itemsize
+        need += torch.Size(info.shape).numel() * size
+    disk = next(parent for parent in final.parents if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if need > free:
+        raise UserError(
+            f"the result takes {need / 1e9:,.1f} GB and {disk} has {free / 1e9:,.1f} GB free: make room first"
+        )
+
+
+def _metered(source: Source, advance: Callable[[int], None]) -> Source:
+    def read(name: str, index: Index | None) -> Tensor:
+        tensor = source.read(name, index)
+        advance(tensor.nbytes)
+        return tensor
+
+    return dataclasses.replace(source, reader=read)
+
+
+def _prove(source: Source, result: Source, to: str, dtype: torch.dtype | str | None) -> dict[str, Any]:
+    """The proof that `result` is `source` in the numbers that its format stores."""
+
+    def store(name: str, rows: Tensor) -> Tensor:
+        if to == "gguf" and rows.dim() == 1:
+            return rows.float()  # llama.cpp wants vectors so, whatever the matrices are
+        if dtype == "q8_0":
+            return _q8_0(rows)
+        return rows if dtype is None else rows.to(dtype)
+
+    unchanged = all(dtype in (None, info.dtype) for info in source.tensors.values())
+    expected = source if unchanged else proof.as_stored(source, store)
+    return proof.prove(source, expected, result)
+
+
+def _q8_0(rows: Tensor) -> Tensor:
+    """What is left of a matrix after GGUF's 8-bit quantisation; its rows keep float16 where blocks don't fit them."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    if rows.shape[-1] % Q8_0_BLOCK:
+        return rows.to(torch.float16)
+    kind = GGMLQuantizationType.Q8_0
+    return torch.from_numpy(dequantize(quantize(rows.float().contiguous().numpy(), kind), kind))
+
+
+def _manifest(source: Source, result: Source, dtype: str, proven: dict[str, Any] | str) -> dict[str, Any]:
+    """What puna.json says of a conversion."""
+    total = sum(file.stat().st_size for file in source.files)
+    files = track(source.files, "Hashing the source", total=total, unit="B", size=lambda file: file.stat().st_size)
+    base = source.path if source.path.is_dir() else source.path.parent
+    tokenizer = result.tokenizer()
+    vocabulary: dict[str, Any] = {"size": source.config.vocab_size}
+    said: dict[str, Any] = {}
+    if tokenizer is not None:
+        vocabulary |= {"tokens": tokenizer.vocab_size, "padding": source.config.vocab_size - tokenizer.vocab_size}
+        template = tokenizer.chat_template
+        said = {
+            "fingerprint": tokenizer.fingerprint(),
+            "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
+        }
+    return {
+        "puna": _version(),
+        "source": {
+            "name": source.path.resolve().name,
+            "format": source.format,
+            "dtype": source.hf_config["torch_dtype"],
+            "rope_order": _rope_order(source.format),
+            "files": {str(file.relative_to(base)): _sha256(file) for file in files},
+        },
+        "result": {
+            "format": result.format,
+            "dtype": dtype if dtype == "q8_0" else result.hf_config["torch_dtype"],
+            "rope_order": _rope_order(result.format),
+            "tensors": len(result.tensors),
+            "details": {key: result.details[key] for key in ("shards", "ranks", "types") if key in result.details},
+        },
+        "vocabulary": vocabulary,
+        "tokenizer": said or None,
+        "proof": proven,
+    }
+
+
+def _rope_order(name: str) -> str:
+    return "halves" if name in ("hf", "ranks") else "neighbours"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("puna")
+    except metadata.PackageNotFoundError:  # run from its source
+        return "unknown"
