@@ -103,6 +103,8 @@ class ConvertOptions:
     )
     ranks: int = option(1, "meta, ranks: how many files or directories to split over")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+    overwrite: bool = option(False, "replace DST, if an earlier puna convert wrote it")
+    max_shard_gb: float = option(5.0, "hf: largest weight file, in GB")
     proof: bool = option(True, "compare the result with its source; --no-proof leaves it out")
 
 
