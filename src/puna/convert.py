@@ -121,11 +121,12 @@ def summary(done: Conversion) -> str:
         return f"{done.path}: {written} in {done.seconds:.1f} s, not proven"
     logits = proven["logits"]
     drift = f"differ by at most {logits['max_difference']:.2g} (mean KL {logits['mean_kl']:.1g})"
-    tokenizer = "the tokenizer gives the same ids" if "tokenizer_probes" in proven else "there is no tokenizer"
+    what = "config, tokenizer and every tensor" if "tokenizer_probes" in proven else "config and every tensor"
+    rounded = f", rounded to {result['dtype']}," if logits["max_difference"] else ""
     return (
         f"{done.path}: {written} in {done.seconds:.1f} s\n"
-        f"proof: the config and all tensors as stored are the source's, bit for bit; {tokenizer}; logits of"
-        f" {logits['tokens']} tokens {drift if logits['max_difference'] else 'are equal'}"
+        f"proof: {what}{rounded} equal the source's bit for bit; logits of {logits['tokens']} tokens"
+        f" {drift if logits['max_difference'] else 'are equal'}"
     )
 
 
@@ -143,7 +144,7 @@ def _check_options(to: str, dtype: str, ranks: int, max_shard: int) -> None:
 
 
 def _check(source: Source, dtype: torch.dtype | str | None, dst: Path) -> None:
-    """What can be known before hours of writing: a tokenizer that doesn't fit, a result over its source, a full disk."""
+    """What can be known before hours of writing: a misfit tokenizer, a destination over the source, a full disk."""
     if (tokenizer := source.tokenizer()) is not None:
         tokenizer.check_fits(source.config.vocab_size)
     final = dst.resolve()
