@@ -1,0 +1,60 @@
+"""Every command in README and the guides runs, on a tiny model that stands in for the real one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+SETUP = ("make ", "pip ", "puna pull ")  # what sets a machine up is tried by using it, not by its tests
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return ["".join(line for line in block.splitlines(True) if not line.startswith(SETUP)) for block in found]
+
+
+@pytest.fixture
+def desk(tmp_path, tiny_checkpoint, monkeypatch):
+    """A folder to work in, where a tiny model lies under the real one's name."""
+    name = "smollm2-135m-instruct"
+    (tmp_path / name).symlink_to(tiny_checkpoint(max_position_embeddings=1024, torch_dtype="bfloat16"))
+    commands = tmp_path / ".bin"
+    commands.mkdir()
+    for command, module in (("puna", "puna"), ("torchrun", "torch.distributed.run")):
+        script = commands / command
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "bash"))], ids=lambda page: page.stem)
+def test_commands_run(page, desk):
+    script = "\n".join(blocks(page, "bash"))
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=lambda page: page.stem)
+def test_python_runs(page, desk):
+    (desk / "smollm2").symlink_to(desk / "smollm2-135m-instruct")
+    for block in blocks(page, "python"):
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
