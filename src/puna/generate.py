@@ -23,8 +23,10 @@ from puna.options import GenerateOptions, SamplingOptions, loading, sampling
 from puna.progress import meter
 
 if TYPE_CHECKING:
-    from puna.api import LLM, RequestOutput
+    from puna.api import LLM
+    from puna.engine.output import Logprob, RequestOutput
     from puna.engine.params import SamplingParams
+    from puna.text import Tokenizer
 
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
 SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
@@ -68,10 +70,11 @@ def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int)
                     asked[llm.submit(row.prompt, params.merged(row.options))] = row
                 except UserError as error:
                     row.error = str(error)
-        while held and (held[0].error is not None or held[0].output is not None):
-            yield held.popleft()
         if not held:
             return
+        if held[0].error is not None or held[0].output is not None:
+            yield held.popleft()
+            continue
         for output in llm.step():
             row = asked.pop(output.id)
             row.output, row.error = output, output.error
@@ -102,23 +105,36 @@ def resume(path: Path, rows: Iterator[Row]) -> int:
     return done
 
 
-def record(row: Row) -> Record:
+def record(row: Row, tokenizer: Tokenizer | None) -> Record:
     """What is printed for a row: its index, what it carried, and its answer in OpenAI's names, or its error."""
-    head = {"index": row.index, **row.carried}
-    if row.output is None or row.error is not None:
+    head, output = {"index": row.index, **row.carried}, row.output
+    if output is None or row.error is not None:
         return head | {"error": row.error}
     choices = []
-    for completion in row.output.outputs:
+    for completion in output.outputs:
         choice = {"index": completion.index, "text": completion.text, "finish_reason": completion.finish_reason}
         if completion.logprobs is not None:
-            choice["logprobs"] = completion.logprobs
+            choice["logprobs"] = [_logprob(entry, tokenizer) for entry in completion.logprobs]
         choices.append(choice)
     usage = {
-        "prompt_tokens": len(row.output.prompt_token_ids),
-        "completion_tokens": sum(len(completion.token_ids) for completion in row.output.outputs),
+        "prompt_tokens": len(output.prompt_token_ids),
+        "completion_tokens": sum(len(completion.token_ids) for completion in output.outputs),
     }
-    tail = {} if row.output.prompt_logprobs is None else {"prompt_logprobs": row.output.prompt_logprobs}
+    tail = {}
+    if output.prompt_logprobs is not None:
+        tail["prompt_logprobs"] = [_logprob(entry, tokenizer) for entry in output.prompt_logprobs]
     return head | {"choices": choices, "usage": usage} | tail
+
+
+def _logprob(entry: Logprob, tokenizer: Tokenizer | None) -> Record:
+    """A token's log-probability and those of the likeliest tokens in its place, with their texts."""
+
+    def named(token: int, level: float) -> Record:
+        text = tokenizer.decode([token], skip_special=False) if tokenizer else None
+        return {"token": text, "id": token, "logprob": level}
+
+    token, level, top = entry
+    return named(token, level) | {"top": [named(*other) for other in top]}
 
 
 def _check(options: GenerateOptions) -> None:
@@ -224,7 +240,7 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, given: Record)
             meter("Generating", _count(options, done), "rows", quiet=to_terminal) as advance,
         ):
             for row in finished(llm, params, chain([first], rows), WINDOW * options.max_num_seqs):
-                out.write(json.dumps(record(row), ensure_ascii=False) + "\n")
+                out.write(json.dumps(record(row, llm.tokenizer), ensure_ascii=False) + "\n")
                 out.flush()
                 errors += row.error is not None
                 advance(1)
