@@ -13,7 +13,7 @@ import torch
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.weights.gguf_file import GGUFTensor, is_gguf, read_gguf
-from puna.weights.gguf_map import config_from, hf_name
+from puna.weights.gguf_map import config_from, hf_name, unpadded
 from puna.weights.rope_order import is_rotated, to_halves
 from puna.weights.source import Index, Source, TensorInfo
 
@@ -158,7 +158,7 @@ def _special_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
 def _tokenizer(metadata: dict[str, Any]) -> Tokenizer | None:
     from puna.text import Tokenizer
 
-    return Tokenizer.from_gguf(metadata) if "tokenizer.ggml.model" in metadata else None
+    return Tokenizer.from_gguf(unpadded(metadata)) if "tokenizer.ggml.tokens" in metadata else None
 
 
 def _parts(path: Path) -> list[Path]:

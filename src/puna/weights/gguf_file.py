@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,9 +23,9 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # where general.alignment doesn't say otherwise
 
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?", 10: "<Q", 11: "<q",
-           12: "<d"}  # fmt: skip
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?",
+           UINT64: "<Q", 11: "<q", 12: "<d"}  # fmt: skip
 TENSOR_ENTRY_BYTES = 8 + 4 + 4 + 8  # the least that a tensor takes in the index: name length, dimensions, type, offset
 FIELD_BYTES = 8 + 4 + 1
 
@@ -83,7 +84,7 @@ def read_gguf(path: Path) -> GGUFFile:
 
     metadata: dict[str, Any] = {}
     for _ in range(field_count):
-        key = cursor.string()
+        key = cursor.name()
         if key in metadata:
             cursor.fail(f"metadata key {key} stands in it twice")
         metadata[key] = cursor.value(cursor.scalar(UINT32))
@@ -102,13 +103,65 @@ def read_gguf(path: Path) -> GGUFFile:
     return GGUFFile(path, version, metadata, tensors)
 
 
+def write_file(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[tuple[int, ...], str]],
+    chunks: Callable[[str], Iterable[np.ndarray]],
+) -> None:
+    """Writes a version 3 file: header, `metadata`, index of `tensors` (row-major shape and type), then for each tensor
+    its bytes as `chunks(name)` gives them, one chunk in memory at a time.
+
+    Python ints go out as uint32 (int32 in lists), floats as float32.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    sizes: dict[str, int] = {}
+    index, offset = b"", 0
+    for name, (shape, kind) in tensors.items():
+        number = GGMLQuantizationType[kind]
+        block, block_bytes = GGML_QUANT_SIZES[number]
+        sizes[name] = math.prod(shape) // block * block_bytes
+        index += _pack(name)[1] + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), number, offset)
+        offset += sizes[name] + -sizes[name] % ALIGNMENT
+    with path.open("wb") as file:
+        file.write(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata)))
+        for key, value in metadata.items():
+            kind_of_value, packed = _pack(value)
+            file.write(_pack(key)[1] + struct.pack("<I", kind_of_value) + packed)
+        file.write(index)
+        for name, size in sizes.items():
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            start = file.tell()
+            for chunk in chunks(name):
+                file.write(chunk.data)
+            if file.tell() - start != size:
+                raise ValueError(f"{name} has {file.tell() - start} bytes, announced as {size}")
+        file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _pack(value: Any, whole: int = UINT32) -> tuple[int, bytes]:
+    """A metadata value: its type and its bytes."""
+    if isinstance(value, str):
+        raw = value.encode()
+        return STRING, struct.pack("<Q", len(raw)) + raw
+    if isinstance(value, list):
+        items = [_pack(item, INT32) for item in value]
+        kinds = {kind for kind, _ in items}
+        if len(kinds) != 1:
+            raise ValueError(f"a GGUF array holds values of one type, not {kinds or 'nothing'}")
+        return ARRAY, struct.pack("<IQ", *kinds, len(items)) + b"".join(raw for _, raw in items)
+    kind = BOOL if isinstance(value, bool) else whole if isinstance(value, int) else FLOAT32
+    return kind, struct.pack(SCALARS[kind], value)
+
+
 def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.string()
+    name = cursor.name()
     dimensions = cursor.scalar(UINT32)
     if not 1 <= dimensions <= 4:
         cursor.fail(f"tensor {name} has {dimensions} dimensions")
-    shape = tuple(cursor.scalar(10) for _ in range(dimensions))[::-1]
-    return name, shape, cursor.scalar(UINT32), cursor.scalar(10)
+    shape = tuple(cursor.scalar(UINT64) for _ in range(dimensions))[::-1]
+    return name, shape, cursor.scalar(UINT32), cursor.scalar(UINT64)
 
 
 def _tensor(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, offset: int) -> GGUFTensor:
@@ -153,17 +206,21 @@ class _Cursor:
 
     def count(self, least: int, of: str) -> int:
         """A count of things that take at least `least` bytes each, which must fit the rest of the file."""
-        number = self.scalar(10)
+        number = self.scalar(UINT64)
         if number > (self.size - self.offset) // least:
             self.fail(f"it says that it has {number:,} {of}")
         return int(number)
 
     def string(self) -> str:
-        raw = self.take(self.scalar(10))
+        raw = self.take(self.scalar(UINT64))
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError:
             self.fail("a string in its header isn't UTF-8")
+
+    def name(self) -> str:
+        name = self.string()
+        return name if name.isprintable() else self.fail("a name in its header isn't one")
 
     def value(self, kind: int) -> Any:
         if kind in SCALARS:

@@ -49,6 +49,7 @@ NEUTRAL: dict[str, Any] = {
     "rope.scaling.yarn_log_multiplier": 0.0,
 }
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+UNUSED = 5  # token type
 SCALING_KEY = "puna.rope_scaling"  # ours: the settings that `rope_freqs.weight` was computed from, as JSON
 
 
@@ -82,10 +83,12 @@ def config_from(
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{path} is of architecture {architecture}, which puna doesn't implement: it reads llama alone")
+        raise UserError(
+            f"{path} is of architecture {architecture!r}, which puna doesn't implement: it reads llama alone"
+        )
     for key, neutral in NEUTRAL.items():
         if (value := metadata.get(f"llama.{key}", neutral)) != neutral:
-            raise UserError(f"{path} asks for llama.{key} = {value}, which puna doesn't implement")
+            raise UserError(f"{path} asks for llama.{key} = {value!r}, which puna doesn't implement")
     if len(shapes.get("token_embd.weight", ())) != 2:
         raise UserError(f"{path} has no matrix token_embd.weight: it holds no whole model")
 
@@ -129,7 +132,7 @@ def config_from(
                 if f"llama.rope.scaling.yarn_{beta}" in metadata:
                     config["rope_scaling"][beta] = float(number(f"rope.scaling.yarn_{beta}"))
     elif kind != "none":
-        raise UserError(f"{path} asks for rope scaling {kind}, which puna doesn't implement")
+        raise UserError(f"{path} asks for rope scaling {kind!r}, which puna doesn't implement")
     return config
 
 
@@ -166,6 +169,28 @@ def metadata_from(config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"GGUF can't carry {kind} rope scaling, which this model uses: keep it as hf")
     named = {f"llama.{key}": value for key, value in metadata.items()}
     return named | ({SCALING_KEY: json.dumps(scaling)} if kind == "llama3" else {})
+
+
+def padded(fields: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Tokenizer fields with as many tokens as the embedding has rows, which llama.cpp insists on."""
+    tokens, extra = fields["tokenizer.ggml.tokens"], range(len(fields["tokenizer.ggml.tokens"]), vocab_size)
+    lists = {
+        "tokens": [f"[PAD{i}]" for i in extra],
+        "token_type": [UNUSED] * len(extra),
+        "scores": [-1000.0] * len(extra),
+    }
+    names = {f"tokenizer.ggml.{name}": more for name, more in lists.items()}
+    return fields | {name: fields[name] + more for name, more in names.items() if name in fields and tokens}
+
+
+def unpadded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Tokenizer fields without the tokens that `padded`, or llama.cpp's converter, put at the end."""
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", [])
+    size = len(tokens)
+    while len(kinds) == len(tokens) and size and kinds[size - 1] == UNUSED and tokens[size - 1] == f"[PAD{size - 1}]":
+        size -= 1
+    names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores")]
+    return fields | {name: fields[name][:size] for name in names if name in fields}
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
@@ -214,5 +239,5 @@ def _number(path: Path, key: str, value: Any) -> Any:
     if isinstance(value, list):
         raise UserError(f"{path} has {key} for each layer on its own, which puna doesn't implement")
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"{path} " + (f"lacks {key}" if value is None else f"has the impossible {key} = {value}"))
+        raise UserError(f"{path} " + (f"lacks {key}" if value is None else f"has the impossible {key} = {value!r}"))
     return float(str(np.float32(value))) if isinstance(value, float) else value

