@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 import zipfile
@@ -40,6 +41,10 @@ def load_file(path: Path) -> dict[str, Tensor]:
                 " get the checkpoint as safetensors"
             ) from None
         raise UserError(f"{path} is damaged or no file of torch.save; fetch it again") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # torch seeks to before the beginning of what is left
+            raise
+        raise UserError(f"{path} is cut off or damaged; fetch it again") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is cut off or damaged; fetch it again") from None
     if not isinstance(state, dict):
