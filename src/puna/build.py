@@ -118,7 +118,6 @@ def fuse(model: Llama) -> None:
     """Merge q, k, v and gate, up into one product each. Inference only, after the split, so that shards are whole heads."""
     for module in model.modules():
         if isinstance(module, Attention) and module.qkv_proj is None:
-            module.kv_heads = module.k_proj.weight.shape[0] // module.head_dim
             module.qkv_proj = _concat(module.q_proj, module.k_proj, module.v_proj)
             del module.q_proj, module.k_proj, module.v_proj
         elif isinstance(module, MLP) and module.gate_up_proj is None:

@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(d, config.num_key_value_heads * head, bias)
         self.o_proj = Linear(config.num_attention_heads * head, d, bias)
         self.qkv_proj: Linear | None = None  # set by build.fuse, which then removes the three
-        self.kv_heads = config.num_key_value_heads  # read only when fused
+        self.kv_heads = config.num_key_value_heads  # of this rank
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
 

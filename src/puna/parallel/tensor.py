@@ -6,6 +6,7 @@ Two all-reduces a layer (after attention and after the MLP), one after the embed
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,17 +18,30 @@ from puna.model.plan import check_tp, chunk, tp_slice
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This process's place in a tensor-parallel group."""
+    """This process's place among the ranks. Tensors go through `group`, Python objects through `control`."""
 
     rank: int
     size: int
     group: dist.ProcessGroup
+    control: dist.ProcessGroup
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks."""
         x = x.contiguous()
         dist.all_reduce(x, group=self.group)
         return x
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value; what the others give is ignored."""
+        box = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return value if self.rank == 0 else box[0]
+
+    def least(self, value: int) -> int:
+        """The smallest value that a rank gives."""
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MIN, group=self.control)
+        return int(box)
 
 
 def split(model: Llama, tp: TensorParallel) -> None:
@@ -41,6 +55,8 @@ def split(model: Llama, tp: TensorParallel) -> None:
         setattr(model.get_submodule(owner), kind, nn.Parameter(local))
     model.tie()
     for module in model.modules():
+        if isinstance(module, Attention):
+            module.kv_heads = module.k_proj.weight.shape[0] // module.head_dim
         if isinstance(module, Attention | MLP):
             module.leave = tp.reduce
         elif isinstance(module, Embedding):

@@ -1,0 +1,49 @@
+"""puna: a LLaMA checkpoint through its whole life, in one package. The public names are imported when they are used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from puna.api import LLM, load, pipeline
+    from puna.engine.output import Completion, RequestOutput
+    from puna.engine.params import SamplingParams
+    from puna.errors import UserError
+    from puna.model.config import ModelConfig
+    from puna.text import Tokenizer
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "Completion",
+    "ModelConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "Tokenizer",
+    "UserError",
+    "load",
+    "pipeline",
+]
+
+_HOMES = {
+    "LLM": "puna.api",
+    "load": "puna.api",
+    "pipeline": "puna.api",
+    "Completion": "puna.engine.output",
+    "RequestOutput": "puna.engine.output",
+    "SamplingParams": "puna.engine.params",
+    "UserError": "puna.errors",
+    "ModelConfig": "puna.model.config",
+    "Tokenizer": "puna.text",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'puna' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

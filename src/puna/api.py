@@ -1,0 +1,360 @@
+"""What a Python user holds: `LLM`, `load`, `pipeline`.
+
+>>> from puna import LLM, SamplingParams
+>>> llm = LLM("smollm2-135m-instruct")
+>>> llm.chat([{"role": "user", "content": "What is the capital of France?"}])[0].outputs[0].text
+'The capital of France is Paris.'
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna.build import DTYPES, load_model, random_model
+from puna.engine.blocks import BlockPool
+from puna.engine.engine import Engine, Limits
+from puna.engine.memory import cache_blocks
+from puna.engine.output import RequestOutput, TextStream
+from puna.engine.params import SamplingParams
+from puna.engine.runner import BLOCK_SIZE, make_runner
+from puna.errors import UserError, nearest
+from puna.model.config import ModelConfig
+from puna.model.llama import Llama
+from puna.model.presets import PRESETS
+from puna.parallel.launch import start
+from puna.progress import meter
+from puna.text import Tokenizer
+from puna.weights.source import Source, open_source
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came since the last one: text and tokens of one completion; `finish_reason` on its last piece."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text's tokens and their log-probabilities; the first has none, since nothing predicts it."""
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+
+    @property
+    def total(self) -> float:
+        return sum(level for level in self.logprobs if level is not None)
+
+
+def choose_device(device: str) -> str:
+    """`auto` is the GPU of this rank when there is one. Raises UserError for a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"there is no device {device!r}{nearest(device, ('cpu', 'cuda', 'auto'))}.") from None
+    if kind.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device cuda was asked for, but torch sees no GPU here; use --device cpu.")
+        index = torch.cuda.current_device() if kind.index is None else kind.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPU(s).")
+        return f"cuda:{index}"
+    if kind.type != "cpu":
+        raise UserError(f"puna runs on cpu and cuda, not on {device!r}.")
+    return "cpu"
+
+
+def choose_dtype(dtype: str, source: Source | None) -> torch.dtype:
+    """`auto` is the checkpoint's own; bfloat16 for quantised and random weights."""
+    if dtype == "auto":
+        stored = "bfloat16" if source is None or source.details.get("quantised") else source.hf_config.get("torch_dtype")
+        dtype = stored if stored in DTYPES else "float32"
+    if dtype not in DTYPES:
+        raise UserError(f"there is no dtype {dtype!r}{nearest(dtype, DTYPES)}; use one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def load(ref: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> tuple[Llama, Tokenizer]:
+    """The plain model (nothing fused) and tokenizer of a checkpoint, to call or to take apart."""
+    with open_source(ref, revision=revision) as source:
+        tokenizer = source.tokenizer()
+        if tokenizer is None:
+            raise UserError(f"{ref} carries no tokenizer; put the model's tokenizer files beside the weights.")
+        return load_model(source, choose_dtype(dtype, source), choose_device(device)), tokenizer
+
+
+class LLM:
+    """A model ready to generate. Under torchrun it is split over the ranks: rank 0 runs the script, the others serve it.
+
+    Raises UserError for whatever the user can put right. Close it, or use it as a context manager, when ranks are many.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        weights: str = "auto",
+        template: str | None = None,
+        max_model_len: int | None = None,
+        kv_tokens: int | None = None,
+        max_batch_tokens: int = 2048,
+        max_num_seqs: int = 256,
+        prefix_caching: bool = True,
+        seed: int = 0,
+        quiet: bool = True,
+    ) -> None:
+        tp = start(device)
+        where = choose_device(device)
+        generation: dict[str, Any] = {}
+        if weights == "random" and str(model) in PRESETS:
+            self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
+            self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
+        elif weights in ("auto", "random"):
+            with open_source(model, revision=revision) as source:
+                kind = choose_dtype(dtype, source)
+                self.config, generation = source.config, source.generation
+                self.tokenizer = source.tokenizer()
+                if self.tokenizer is not None:
+                    self.tokenizer.check_fits(self.config.vocab_size)
+                    if template is not None:
+                        self.tokenizer = self.tokenizer.with_template(template)
+                if weights == "random":
+                    self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
+                else:
+                    self.model = load_model(source, kind, where, tp=tp, fast=True, quiet=quiet)
+        else:
+            raise UserError(f"weights must be auto or random, not {weights!r}.")
+        self.defaults = SamplingParams.from_generation_config(generation)
+        self.dtype, self.device = kind, where
+        self.max_model_len = _context(self.config, max_model_len)
+        self.model.fix_rope(self.max_model_len)
+        blocks = cache_blocks(self.model, BLOCK_SIZE, self.max_model_len, max_num_seqs, kv_tokens, tp)
+        self.kv_tokens = blocks * BLOCK_SIZE
+        limits = Limits(self.config.vocab_size, self.max_model_len, max_batch_tokens, max_num_seqs)
+        self.engine = Engine(
+            make_runner(self.model, blocks, BLOCK_SIZE),
+            BlockPool(blocks, BLOCK_SIZE, prefix_caching=prefix_caching),
+            limits,
+            self.tokenizer,
+            stop_ids=self.tokenizer.stop_ids if self.tokenizer else (),
+            seed=seed,
+            share=tp.share if tp else None,
+            leads=tp is None or tp.rank == 0,
+        )
+        self._prompts: dict[str, str] = {}
+        self._closed = tp is None
+        if tp is not None and tp.rank > 0:
+            self.engine.follow()
+            raise SystemExit(0)
+        atexit.register(self.close)  # a script that ends without closing must not leave ranks waiting
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the other ranks."""
+        if not self._closed:
+            self._closed = True
+            self.engine.stop()
+
+    # One request at a time
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None, stream: bool = False
+    ) -> str:
+        """Queue a text, token ids or a conversation, and give the request's id."""
+        ids, text = self.encode(prompt)
+        id = self.engine.add(ids, params or self._default(len(ids)), id=id, stream=stream)
+        if text is not None:
+            self._prompts[id] = text
+        return id
+
+    def step(self) -> list[RequestOutput]:
+        """Compute the next batch; gives the requests that ended with it."""
+        done = self.engine.step()
+        for out in done:
+            out.prompt = self._prompts.pop(out.id, None)
+        return done
+
+    def abort(self, id: str) -> None:
+        self.engine.abort(id)
+
+    @property
+    def busy(self) -> int:
+        """Requests that have not finished."""
+        return self.engine.busy
+
+    def encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
+        """Token ids of a text (by the checkpoint's BOS rule), of a conversation (by its template) or of ids; and the text."""
+        if not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt):
+            return [int(token) for token in prompt], None  # type: ignore[call-overload]
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer; give token ids.")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt), prompt
+        text = self.tokenizer.render(prompt)  # type: ignore[arg-type]
+        return self.tokenizer.encode(text, bos=False), text
+
+    def _default(self, prompt_len: int) -> SamplingParams:
+        """The checkpoint's own parameters, its length cut to what the context leaves."""
+        wanted, room = self.defaults.max_tokens, max(1, self.max_model_len - prompt_len)
+        return replace(self.defaults, max_tokens=min(wanted, room)) if wanted else self.defaults
+
+    # Many at once
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue every prompt (texts or token ids), in order. A request that fails alone carries an `error`."""
+        listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self._all(listed, params, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, through the checkpoint's chat template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        return self._all([messages] if one else list(messages), params, progress)
+
+    def _all(self, prompts: list[Any], params: Any, progress: bool) -> list[RequestOutput]:
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one, or as many.")
+        ids: list[str] = []
+        try:
+            for prompt, wanted in zip(prompts, each, strict=True):
+                ids.append(self.submit(prompt, wanted))
+            done = self._drain(progress, len(ids))
+        except BaseException:
+            for id in ids:
+                self.abort(id)
+            raise
+        return [done[id] for id in ids]
+
+    def _drain(self, progress: bool, total: int) -> dict[str, RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        with meter("Generating", total, "requests", quiet=not progress) as advance:
+            while self.busy:
+                for out in self.step():
+                    done[out.id] = out
+                    advance(1)
+        return done
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Pieces of text as they come. Closing the iterator aborts the request."""
+        id = self.submit(prompt, params, stream=True)
+        request = self.engine.requests[id]
+        if request.has_beams:
+            self.abort(id)
+            raise UserError("beam search chooses at the end and cannot stream; use generate.")
+        seen: dict[int, int] = {}
+        try:
+            while id in self.engine.requests:
+                self.step()
+                for seq in sorted((*request.sequences, *request.finished), key=lambda seq: seq.index):
+                    if request.error is not None:
+                        raise UserError(request.error)
+                    tokens = seq.output[seen.get(seq.index, 0) :]
+                    if tokens and isinstance(seq.text, TextStream):
+                        seen[seq.index] = seen.get(seq.index, 0) + len(tokens)
+                        over = seq.finish_reason is not None
+                        yield Piece(seq.text.take(over=over), tokens, seq.finish_reason, seq.index)
+        finally:
+            self.abort(id)
+
+    def score(self, texts: Sequence[str] | Sequence[Sequence[int]], *, progress: bool = False) -> list[Scored]:
+        """Log-probabilities (natural, of the raw model) of given texts or token ids, batched."""
+        ids = []
+        for text in texts:
+            tokens, _ = self.encode(text)
+            if len(tokens) > self.max_model_len:
+                raise UserError(f"a text of {len(tokens)} tokens exceeds the context of {self.max_model_len}; cut it.")
+            ids.append((tokens, self.engine.add(tokens, SamplingParams(), score_only=True) if len(tokens) > 1 else None))
+        done = self._drain(progress, len(ids))
+        out = []
+        for tokens, id in ids:
+            result = done[id] if id is not None else None
+            if result is not None and result.error:
+                raise UserError(result.error)
+            levels = [level for _, level, _ in (result.prompt_logprobs or [])] if result is not None else []
+            out.append(Scored(tokens, [None, *levels] if tokens else []))
+        return out
+
+
+def _context(config: ModelConfig, asked: int | None) -> int:
+    """The longest sequence in tokens. Going beyond the trained context is refused unless RoPE stretches to it."""
+    trained = config.max_position_embeddings
+    if asked is None:
+        return trained
+    if asked < 2:
+        raise UserError(f"max_model_len must be at least 2, not {asked}.")
+    scaling = config.rope_scaling or {}
+    stretched = int(trained * scaling["factor"]) if scaling.get("rope_type") == "dynamic" else trained
+    if asked > stretched:
+        raise UserError(f"max_model_len {asked} is more than the {stretched} tokens that the model was made for.")
+    return asked
+
+
+def pipeline(task: str, model: str | Path | LLM, **loading: Any) -> Callable[..., Any]:
+    """A callable as transformers' `pipeline("text-generation", model)` gives it: [{"generated_text": ...}] a prompt.
+
+    Calls take a text or a conversation, or a list of either, and sampling parameters by name (`max_new_tokens` and
+    `do_sample` too); `return_full_text=False` leaves the prompt out.
+    """
+    if task.replace("_", "-") != "text-generation":
+        raise UserError(f"there is no pipeline {task!r}{nearest(task, ['text-generation'])}; puna has text-generation.")
+    llm = model if isinstance(model, LLM) else LLM(model, **loading)
+
+    def call(prompts: Any, *, return_full_text: bool = True, **sampling: Any) -> Any:
+        if "max_new_tokens" in sampling:
+            sampling["max_tokens"] = sampling.pop("max_new_tokens")
+        if "num_return_sequences" in sampling:
+            sampling["n"] = sampling.pop("num_return_sequences")
+        if "do_sample" in sampling:
+            default = llm.defaults.temperature or 1.0
+            sampling["temperature"] = sampling.get("temperature", default) if sampling.pop("do_sample") else 0.0
+        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
+        listed = [prompts] if one else list(prompts)
+        params = llm.defaults.merged(sampling) if sampling else None
+        results = []
+        for prompt, out in zip(listed, llm._all(listed, params, False), strict=True):
+            if out.error:
+                raise UserError(out.error)
+            results.append([{"generated_text": _joined(prompt, c.text, return_full_text)} for c in out.outputs])
+        return results[0] if one else results
+
+    return call
+
+
+def _joined(prompt: Any, text: str, full: bool) -> Any:
+    if not full:
+        return text
+    return prompt + text if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": text}]

@@ -1,0 +1,397 @@
+"""The engine: requests in, finished requests out, one step at a time.
+
+A step is schedule, run, decide, apply. Under tensor parallelism every rank runs this same engine on the same requests; rank 0
+alone takes requests and chooses tokens, and the ranks share just those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.engine.beam import BeamSearch
+from puna.engine.blocks import BlockPool
+from puna.engine.output import Completion, RequestOutput, TextStream
+from puna.engine.params import SamplingParams
+from puna.engine.runner import Runner
+from puna.engine.sampler import NanLogits, Row, Sampled, fork_seed, sample, token_logprobs
+from puna.engine.scheduler import Scheduler
+from puna.engine.sequence import Batch, Chunk, Request, Sequence
+from puna.errors import UserError
+from puna.text import Tokenizer
+
+Share = Callable[[Any], Any]  # rank 0's value on every rank
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask of the engine. Lengths in tokens."""
+
+    vocab_size: int
+    max_model_len: int
+    max_batch_tokens: int = 2048
+    max_num_seqs: int = 256
+
+
+class Engine:
+    """Continuous batching over one runner. Nothing in it depends on what else is in the batch."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        pool: BlockPool,
+        limits: Limits,
+        tokenizer: Tokenizer | None,
+        *,
+        stop_ids: tuple[int, ...] = (),
+        seed: int = 0,
+        share: Share | None = None,
+        leads: bool = True,
+    ) -> None:
+        self.runner, self.limits, self.tokenizer, self.stop_ids, self.seed = runner, limits, tokenizer, stop_ids, seed
+        self.scheduler = Scheduler(pool, limits.max_batch_tokens, limits.max_num_seqs)
+        self.requests: dict[str, Request] = {}
+        self.computed_tokens = 0
+        self._beams: dict[str, BeamSearch] = {}  # of requests with num_beams > 1, on rank 0
+        self._share: Share = share or (lambda value: value)
+        self._leads = leads
+        self._inbox: list[tuple[str, Any]] = []  # what this rank was told since the last step
+        self._count = 0
+
+    # What callers do
+
+    def add(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        id: str | None = None,
+        score_only: bool = False,
+        stream: bool = False,
+    ) -> str:
+        """Queue a request and give its id. `stream` keeps its text up to date. Raises UserError when it cannot fit."""
+        self._count += 1
+        id = id if id is not None else str(self._count)
+        if id in self.requests:
+            raise UserError(f"there is already a request {id!r}; give each its own id.")
+        max_len = len(prompt) if score_only else self._max_len(prompt, params)
+        params.check_fits(self.limits.vocab_size)
+        seed = params.seed if params.seed is not None else fork_seed(self.seed, self._count)
+        stop_ids = () if params.ignore_eos else self.stop_ids
+        sequence = Sequence(list(prompt), len(prompt), max_len, seed)
+        request = Request(id, prompt, params, (*stop_ids, *params.stop_token_ids), [sequence], score_only)
+        request.keeps_text = stream or bool(params.stop)
+        if request.keeps_text and self.tokenizer is None:
+            raise UserError("this model has no tokenizer, so there is no text to stream or to stop at.")
+        if request.has_beams:
+            self._beams[id] = BeamSearch(len(prompt), params, request.stop_ids, max_len, seed)
+        self.requests[id] = request
+        self._inbox.append(("add", request))
+        return id
+
+    def abort(self, id: str) -> None:
+        """Drop a request; unknown and finished ones are ignored."""
+        if id in self.requests:
+            self._inbox.append(("abort", id))
+
+    @property
+    def busy(self) -> int:
+        """Requests that have not finished."""
+        return len(self.requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute the next batch; gives the requests that ended with it."""
+        done = [out for op, value in self._share(self._inbox) if (out := self._take(op, value))]
+        self._inbox = []
+        batch = self.scheduler.schedule()
+        if not batch.chunks:
+            return done
+        logits = self.runner.run(batch)
+        self.computed_tokens += batch.num_tokens
+        self.scheduler.update(batch)
+        for decision in self._share(list(self._decide(batch, logits)) if self._leads else None):
+            self._apply(*decision)
+        stepped = {chunk.request.id: chunk.request for chunk in batch.chunks}
+        return done + [self._finish(request) for request in stepped.values() if self._over(request)]
+
+    def stop(self) -> None:
+        """Let the other ranks leave `follow`."""
+        self._share([*self._inbox, ("stop", None)])
+
+    def follow(self) -> None:
+        """What the other ranks do: step along with rank 0 until it stops."""
+        try:
+            while True:
+                self.step()
+        except StopIteration:
+            return
+
+    # Requests in
+
+    def _max_len(self, prompt: list[int], params: SamplingParams) -> int:
+        """Tokens at which the request's sequences end. They must fit the cache even when all else is preempted."""
+        context, vocab = self.limits.max_model_len, self.limits.vocab_size
+        if not prompt:
+            raise UserError("the prompt is empty and this tokenizer adds no BOS; give at least one token.")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            bad = next(token for token in prompt if not 0 <= token < vocab)
+            raise UserError(f"the prompt has token {bad}, but the model's vocabulary ends at {vocab - 1}.")
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, and the context of {context} must hold the answer too;"
+                " shorten it or raise --max-model-len."
+            )
+        width = max(params.n, params.num_beams)
+        if width > min(self.limits.max_batch_tokens, self.limits.max_num_seqs):
+            raise UserError(
+                f"{width} sequences at once are more than a step takes;"
+                " lower n or num_beams, or raise --max-num-seqs and --max-batch-tokens."
+            )
+        room = self.scheduler.pool.num_blocks // width * self.scheduler.pool.block_size
+        if params.max_tokens is None:
+            if len(prompt) >= room:
+                raise UserError(f"the prompt has {len(prompt)} tokens, the cache holds {room}; raise --kv-tokens.")
+            return min(context, room)
+        wanted = len(prompt) + params.max_tokens
+        if wanted > context:
+            raise UserError(
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed the context of {context};"
+                f" ask for at most {context - len(prompt)}."
+            )
+        if wanted > room:
+            raise UserError(
+                f"{width} sequence{'s' * (width > 1)} of {wanted} tokens cannot fit the cache of"
+                f" {self.scheduler.pool.num_blocks * self.scheduler.pool.block_size} tokens; raise --kv-tokens or lower max_tokens."
+            )
+        return wanted
+
+    def _take(self, op: str, value: Any) -> RequestOutput | None:
+        if op == "stop":
+            raise StopIteration
+        if op == "add":
+            self.requests[value.id] = value
+            self.scheduler.add(value)
+        elif value in self.requests:  # it may have ended since
+            request = self.requests[value]
+            for seq in request.sequences:
+                seq.finish_reason = "abort"
+            request.finished += request.sequences
+            return self._finish(request)
+        return None
+
+    # Logits to decisions, on rank 0
+
+    def _decide(self, batch: Batch, logits: Tensor) -> Iterator[tuple[str, str, int, Any]]:
+        """(what, request id, sequence index, value): all that the step chose, in an order that every rank applies."""
+        rows: list[Row] = []
+        at: list[int] = []  # row of the logits for each of `rows`
+        owners: list[tuple[Request, Sequence, int]] = []
+        beams: dict[str, list[int]] = {}
+        row = 0
+        for chunk in batch.chunks:
+            request, seq, count = chunk.request, chunk.sequence, len(chunk.logit_rows)
+            if request.wants_prompt and count:
+                yield self._prompt(chunk, logits[row : row + count])
+            row += count
+            if not chunk.samples:
+                continue
+            if request.has_beams:
+                beams.setdefault(request.id, []).append(row - 1)
+                continue
+            first = request.sequences.index(seq)
+            width = request.params.n if self._unforked(request) else 1
+            # Only rows whose logits depend on their tokens pay for the copies.
+            prompt, output = (seq.tokens[: seq.prompt_len], seq.output) if request.params.adjusts else ((), ())
+            for index in range(width):
+                seed = fork_seed(seq.seed, index)
+                rows.append(Row(request.params, seed, len(seq.tokens), prompt, output, request.stop_ids))
+                at.append(row - 1)
+                owners.append((request, seq, first))
+        if rows:
+            plain = at == list(range(len(logits)))
+            yield from self._tokens(logits if plain else logits[at], rows, owners)
+        for id, where in beams.items():
+            request = self.requests[id]
+            try:
+                picks = self._beams[id].advance(logits[where], [seq.tokens for seq in request.sequences])
+                yield "beams", id, 0, picks
+            except NanLogits as error:
+                yield "error", id, 0, str(error)
+
+    def _tokens(
+        self, logits: Tensor, rows: list[Row], owners: list[tuple[Request, Sequence, int]]
+    ) -> Iterator[tuple[str, str, int, Any]]:
+        """Sample; requests whose logits are unusable fail alone."""
+        try:
+            sampled = sample(logits, rows)
+        except NanLogits as error:
+            failed = {owners[i][0].id for i in error.rows}
+            for id in failed:
+                yield "error", id, 0, str(error)
+            good = [i for i, owner in enumerate(owners) if owner[0].id not in failed]
+            if good:
+                yield from self._tokens(logits[good], [rows[i] for i in good], [owners[i] for i in good])
+            return
+        grouped: dict[tuple[str, int], list[Sampled]] = {}
+        for (request, _, index), result in zip(owners, sampled, strict=True):
+            grouped.setdefault((request.id, index), []).append(result)
+        for (id, index), results in grouped.items():
+            yield "tokens", id, index, results
+
+    def _prompt(self, chunk: Chunk, logits: Tensor) -> tuple[str, str, int, Any]:
+        """Log-probabilities of the prompt tokens that this chunk's logits predict."""
+        request = chunk.request
+        known = len(request.prompt_logprobs)
+        targets = request.prompt[known + 1 : known + 1 + len(logits)]
+        logits = logits[: len(targets)]
+        top = request.params.prompt_logprobs or 0
+        chosen, ids, levels = token_logprobs(logits, torch.tensor(targets, device=logits.device), top)
+        entries = [
+            (token, level, list(zip(i, v, strict=True)))
+            for token, level, i, v in zip(targets, chosen.tolist(), ids.tolist(), levels.tolist(), strict=True)
+        ]
+        if any(math.isnan(level) for _, level, _ in entries):
+            return "error", request.id, 0, str(NanLogits([]))
+        return "prompt", request.id, 0, entries
+
+    @staticmethod
+    def _unforked(request: Request) -> bool:
+        """Its one sequence has computed the prompt, and the others of n > 1 are still to branch off."""
+        return request.params.n > len(request.sequences) + len(request.finished)
+
+    # Decisions to sequences, on every rank
+
+    def _apply(self, what: str, id: str, index: int, value: Any) -> None:
+        request = self.requests[id]
+        if what == "error":
+            request.error = value
+        elif what == "prompt":
+            request.prompt_logprobs += value
+        elif what == "beams":
+            self._grow_beams(request, value)
+        elif self._unforked(request):
+            self.scheduler.branch(request, [0] * len(value))
+            for number, (seq, result) in enumerate(zip(request.sequences, value, strict=True)):
+                seq.seed = fork_seed(seq.seed, number)
+                self._append(request, seq, result)
+        else:
+            self._append(request, request.sequences[index], value[0])
+
+    def _grow_beams(self, request: Request, picks: list[tuple[int, int]]) -> None:
+        """Each pick continues a parent by a token; none when the search is over."""
+        if not picks:
+            for seq in request.sequences:
+                seq.finish_reason = "length"  # which of them count, and why they ended, the search knows
+            return
+        self.scheduler.branch(request, [parent for parent, _ in picks])
+        for seq, (_, token) in zip(request.sequences, picks, strict=True):
+            seq.tokens.append(token)
+
+    def _append(self, request: Request, seq: Sequence, result: Sampled) -> None:
+        token = result.token
+        seq.tokens.append(token)
+        if result.logprob is not None:
+            seq.logprobs.append((token, result.logprob, result.top or []))
+            seq.cumulative_logprob += result.logprob
+        if token in request.stop_ids:
+            seq.finish_reason, seq.stop_reason = "stop", token
+        elif request.keeps_text:
+            if seq.text is None:
+                seq.text = self._text_stream(request.params)
+            if found := seq.text.push(token):
+                seq.finish_reason, seq.stop_reason = "stop", found
+        if seq.finish_reason is None and len(seq.tokens) >= seq.max_len:
+            seq.finish_reason = "length"
+
+    def _text_stream(self, params: SamplingParams) -> TextStream:
+        assert self.tokenizer is not None, "add() has refused this"
+        stream = self.tokenizer.stream(skip_special=params.skip_special_tokens)
+        return TextStream(stream, params.stop, include_stop=params.include_stop)
+
+    # Requests out
+
+    def _over(self, request: Request) -> bool:
+        """Give the blocks of ended sequences back; whether the whole request has ended."""
+        if request.error is not None:
+            return True
+        if request.score_only:
+            return not request.wants_prompt
+        for seq in [seq for seq in request.sequences if seq.finish_reason]:
+            self.scheduler.release(seq)
+            request.sequences.remove(seq)
+            request.finished.append(seq)
+        return not request.sequences
+
+    def _finish(self, request: Request) -> RequestOutput:
+        if request.error is not None:
+            # Its keys and values are not numbers; blocks that it alone holds must not reach others like that.
+            users = self.scheduler.pool.users
+            own = {block for seq in request.sequences for block in seq.blocks if users[block] == 1}
+            self.scheduler.pool.forget(own)
+            self.runner.clear(own)
+        self.scheduler.remove(request)
+        del self.requests[request.id]
+        out = RequestOutput(request.id, request.prompt, error=request.error)
+        if request.score_only or request.params.prompt_logprobs is not None:
+            out.prompt_logprobs = request.prompt_logprobs
+        if request.error is None and not request.score_only:
+            out.outputs = self._beam_outputs(request) if request.id in self._beams else self._outputs(request)
+        self._beams.pop(request.id, None)
+        return out
+
+    def _outputs(self, request: Request) -> list[Completion]:
+        outputs = []
+        for seq in sorted(request.finished, key=lambda seq: seq.index):
+            if isinstance(seq.text, TextStream):
+                if (stop := seq.text.end()) and seq.finish_reason == "length":
+                    seq.finish_reason, seq.stop_reason = "stop", stop
+                text = seq.text.text
+            else:
+                text = self._text(request, seq.output)
+            logged = request.params.logprobs is not None
+            outputs.append(
+                Completion(
+                    index=seq.index,
+                    text=text,
+                    token_ids=seq.output,
+                    finish_reason=seq.finish_reason or "abort",
+                    stop_reason=seq.stop_reason,
+                    cumulative_logprob=seq.cumulative_logprob if logged else None,
+                    logprobs=seq.logprobs if logged else None,
+                )
+            )
+        return outputs
+
+    def _beam_outputs(self, request: Request) -> list[Completion]:
+        if any(seq.finish_reason == "abort" for seq in request.finished):
+            return []
+        outputs = []
+        for index, found in enumerate(self._beams[request.id].results()):
+            last = found.tokens[-1] if found.tokens else None
+            stopped = last in request.stop_ids
+            logprobs = [(token, level, []) for token, level in zip(found.tokens, found.logprobs, strict=True)]
+            outputs.append(
+                Completion(
+                    index=index,
+                    text=self._text(request, found.tokens),
+                    token_ids=found.tokens,
+                    finish_reason="stop" if stopped else "length",
+                    stop_reason=last if stopped else None,
+                    cumulative_logprob=sum(found.logprobs),
+                    logprobs=logprobs if request.params.logprobs is not None else None,
+                    score=found.score,
+                )
+            )
+        return outputs
+
+    def _text(self, request: Request, tokens: list[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        if tokens and tokens[-1] in request.stop_ids:  # an end token need not be a special one to be left out
+            tokens = tokens[:-1]
+        return self.tokenizer.decode(tokens, skip_special=request.params.skip_special_tokens)

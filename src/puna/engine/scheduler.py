@@ -1,0 +1,158 @@
+"""Which tokens are computed in the next step. There are no phases: every sequence has pending tokens under one budget.
+
+Running requests come first, oldest first; then waiting ones are let in. When the cache is full the newest running request
+gives its blocks back and waits at the front; its tokens are computed again later, so nothing but time is lost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+from puna.engine.blocks import BlockPool
+from puna.engine.sequence import Batch, Chunk, Request, Sequence
+
+PROMPT_LOGIT_ROWS = 256  # positions a step of a request that wants log-probabilities of its prompt: [256, vocab] logits
+
+
+class Scheduler:
+    """First come, first served. `max_tokens` are computed a step, of at most `max_sequences` sequences."""
+
+    def __init__(self, pool: BlockPool, max_tokens: int, max_sequences: int) -> None:
+        self.pool, self.max_tokens, self.max_sequences = pool, max_tokens, max_sequences
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = 0
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def add(self, request: Request) -> None:
+        """The caller has made sure that it fits the cache when alone."""
+        self.waiting.append(request)
+
+    def schedule(self) -> Batch:
+        """The next step; an empty batch only when there is no request."""
+        batch = Batch()
+        preempted = False
+        i = 0
+        while i < len(self.running):
+            request = self.running[i]
+            while not self._place(request, batch):
+                victim = self.running.pop()  # the newest; never one that is in the batch already
+                self._release(victim)
+                self.waiting.appendleft(victim)
+                self.preemptions += 1
+                preempted = True
+                if victim is request:
+                    break
+            i += 1
+        while self.waiting and not preempted:
+            request = self.waiting[0]
+            width = sum(max(r.width, len(r.sequences)) for r in self.running)
+            if batch.num_tokens >= self.max_tokens or width + request.width > max(self.max_sequences, request.width):
+                break
+            before = len(batch.chunks)
+            if not self._admit(request, batch) or len(batch.chunks) == before:
+                self._release(request)
+                break
+            self.running.append(self.waiting.popleft())
+        return batch
+
+    def update(self, batch: Batch) -> None:
+        """The batch was computed: count it, and let full blocks be found by others."""
+        for chunk in batch.chunks:
+            seq = chunk.sequence
+            seq.computed = chunk.start + chunk.count
+            self.pool.register(seq.tokens, seq.blocks, seq.serials, seq.computed)
+
+    def branch(self, request: Request, parents: list[int]) -> None:
+        """Replace the request's sequences by one continuation of each of `parents` (indices; one may occur many times).
+
+        Continuations share their parent's blocks; the first to write into a shared block gets its own copy of it.
+        """
+        old, new = request.sequences, []
+        for index, parent in enumerate(parents):
+            seq = old[parent]
+            if parent in parents[:index]:
+                self.pool.fork(seq.blocks)
+                lists = {name: list(getattr(seq, name)) for name in ("tokens", "blocks", "serials", "logprobs")}
+                seq = replace(seq, **lists, index=index)
+            new.append(seq)
+        for parent, seq in enumerate(old):
+            if parent not in parents:
+                self.release(seq)
+        request.sequences = new
+
+    def release(self, sequence: Sequence) -> None:
+        """Give a sequence's blocks back."""
+        self.pool.free(sequence.blocks)
+        sequence.blocks, sequence.serials, sequence.computed = [], [], 0
+
+    def remove(self, request: Request) -> None:
+        """The request has ended, one way or another."""
+        self._release(request)
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+
+    def check(self) -> None:
+        """Raise AssertionError when blocks and sequences disagree."""
+        sequences = [seq for request in (*self.running, *self.waiting) for seq in request.sequences]
+        self.pool.check(seq.blocks for seq in sequences)
+        for seq in sequences:
+            assert seq.pending >= 1 and len(seq.tokens) <= seq.max_len
+            assert len(seq.blocks) * self.pool.block_size >= seq.computed
+        assert not any(seq.blocks for request in self.waiting for seq in request.sequences), "a waiting request has blocks"
+
+    def _release(self, request: Request) -> None:
+        for seq in request.sequences:
+            self.release(seq)
+
+    def _admit(self, request: Request, batch: Batch) -> bool:
+        """Look for cached prefixes, then place what fits, provided that the whole of it could be held now."""
+        for seq in request.sequences:
+            if not request.wants_prompt:  # whose logits have to be made anew
+                seq.blocks, seq.serials = self.pool.match(seq.tokens)
+                seq.computed = len(seq.blocks) * self.pool.block_size
+        needed = sum(-(-len(seq.tokens) // self.pool.block_size) - len(seq.blocks) for seq in request.sequences)
+        return needed <= self.pool.available and self._place(request, batch)
+
+    def _place(self, request: Request, batch: Batch) -> bool:
+        """Add the request's chunks, as the budget allows. False, and nothing happens, when blocks are short."""
+        pool, size = self.pool, self.pool.block_size
+        plan: list[tuple[Sequence, int, bool, int]] = []  # sequence, tokens, needs its own copy of its tail, new blocks
+        users: dict[int, int] = {}
+        for seq, count in self._counts(request, self.max_tokens - batch.num_tokens):
+            own_tail = False
+            if seq.computed % size:  # its last block is partly filled, and may be shared with its siblings
+                tail = seq.blocks[seq.computed // size]
+                users.setdefault(tail, pool.users[tail])
+                own_tail = users[tail] > 1
+                users[tail] -= own_tail
+            plan.append((seq, count, own_tail, max(0, -(-(seq.computed + count) // size) - len(seq.blocks))))
+        blocks = pool.allocate(sum(own_tail + fresh for _, _, own_tail, fresh in plan))
+        if blocks is None:
+            return False
+        for seq, count, own_tail, fresh in plan:
+            if own_tail:
+                tail, copy = seq.computed // size, blocks.pop()
+                batch.copies.append((seq.blocks[tail], copy))
+                pool.free([seq.blocks[tail]])
+                seq.blocks[tail] = copy
+            seq.blocks.extend(blocks.pop(0) for _ in range(fresh))
+            batch.chunks.append(Chunk(request, seq, seq.computed, count))
+        return True
+
+    def _counts(self, request: Request, budget: int) -> Iterator[tuple[Sequence, int]]:
+        """How many tokens of each sequence. Beams choose among each other, so their last tokens come in one step."""
+        hold_last = request.has_beams and sum(seq.pending for seq in request.sequences) > budget
+        for seq in request.sequences:
+            count = min(seq.pending - hold_last, budget)
+            if request.wants_prompt:
+                count = min(count, PROMPT_LOGIT_ROWS)
+            if count > 0:
+                budget -= count
+                yield seq, count
