@@ -23,15 +23,17 @@ class Parrot:
 
     max_model_len = 100
     defaults = SamplingParams()
-    tokenizer = SimpleNamespace(encode_chat=lambda messages, **kw: [0] * sum(len(m["content"]) for m in messages))
 
     def __init__(self):
         self.asked, self.params, self.press = [], [], None
 
+    def encode(self, messages):
+        return [0] * sum(len(message["content"]) for message in messages), ""
+
     def stream(self, messages, params):
         self.asked.append([f"{m['role']}: {m['content']}" for m in messages])
         self.params.append(params)
-        if len(self.tokenizer.encode_chat(messages)) >= self.max_model_len:
+        if len(self.encode(messages)[0]) >= self.max_model_len:
             raise UserError("the prompt is longer than the context")
         for i, letter in enumerate(messages[-1]["content"].upper()):
             if i == self.press:
@@ -150,11 +152,11 @@ def test_a_terminal_with_history(tiny_checkpoint):
     process = subprocess.Popen(command, stdin=slave, stderr=slave, stdout=subprocess.PIPE, text=True)
     os.close(slave)
     try:
-        seen = expect(master, "> ")
+        seen = expect(master, ">")
         os.write(master, b"Hello\r")
-        seen = expect(master, "> ", seen)
+        seen = expect(master, ">", seen)
         os.write(master, b"\x1b[A\r")  # up, enter: the same message again
-        seen = expect(master, "> ", seen)
+        seen = expect(master, ">", seen)
         os.write(master, b"\x03")  # Ctrl-C at the prompt
         process.wait(20)
     finally:

@@ -35,11 +35,11 @@ def run(options: ChatOptions) -> int:
     for name in ("n", "num_beams", "logprobs", "prompt_logprobs"):
         if name in given:
             raise UserError(f"puna chat streams one answer and has no use for --{name.replace('_', '-')}; leave it out")
-    llm = LLM(**loading(options))
-    terminal = sys.stdin.isatty()
-    if terminal:
-        _note("Type a message, /help for the commands, q to leave.")
-    Chat(llm, llm.defaults.merged(given), options.system, options.verbose, terminal).talk(_reader(terminal))
+    with LLM(**loading(options)) as llm:
+        terminal = sys.stdin.isatty()
+        if terminal:
+            _note("Type a message, /help for the commands, q to leave.")
+        Chat(llm, llm.defaults.merged(given), options.system, options.verbose, terminal).talk(_reader(terminal))
     return 0
 
 
@@ -126,7 +126,7 @@ class Chat:
         room = min(self.params.max_tokens or limit // 4, limit // 2)
         dropped = 0
         while True:
-            length = len(self.llm.tokenizer.encode_chat(self.messages, add_generation_prompt=True))
+            length = len(self.llm.encode(self.messages)[0])
             first = 1 if self.system else 0
             if length + room <= limit or len(self.messages) <= first + 1:
                 break
@@ -153,7 +153,7 @@ def _reader(terminal: bool) -> Callable[[], str]:
     from prompt_toolkit.output import create_output
 
     session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr))
-    return lambda: session.prompt("\n> ")
+    return lambda: session.prompt("> ")
 
 
 @contextmanager

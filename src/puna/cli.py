@@ -11,10 +11,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
-from puna import config, options
+from puna import __version__, config, options
 from puna.errors import UserError, nearest
 
 # verb -> (its options, where its function is, what it does)
@@ -77,7 +77,7 @@ def _run(words: list[str]) -> int:
         print(_overview())
         return 0
     if verb == "--version":
-        print(f"puna {_version()}")
+        print(f"puna {__version__}")
         return 0
     kinds = [name.split()[1] for name in VERBS if name.startswith(f"{verb} ")]
     if kinds and rest[:1] and rest[0] in HELP:
@@ -103,13 +103,6 @@ def _overview(group: str = "") -> str:
     lines = ["usage: puna VERB [options]", "", "LLaMA checkpoints through their whole life.", ""]
     lines += [f"  {verb:<18}{line}" for verb, (_, _, line) in VERBS.items() if verb.startswith(group)]
     return "\n".join([*lines, "", "puna VERB --help shows a verb's options with examples; puna --version the version."])
-
-
-def _version() -> str:
-    try:
-        return metadata.version("puna")
-    except metadata.PackageNotFoundError:
-        return "(not installed, run from its source)"
 
 
 def _users_own(error: Exception) -> str | None:

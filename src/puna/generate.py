@@ -10,9 +10,10 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
 SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 Record = dict[str, Any]
+Load = Callable[[], "tuple[LLM, SamplingParams]"]
 
 
 @dataclass
@@ -47,15 +49,26 @@ class Row:
 
 def run(options: GenerateOptions) -> int:
     """Generates for every prompt. A bad row of JSONL becomes a record with an error; the run goes on."""
-    given = sampling(options)
     _check(options)
     jsonl = options.jsonl or (options.file or "").endswith((".jsonl", ".ndjson"))
-    with _prompts(options) as lines:
+    given = sampling(options)
+    with ExitStack() as stack:
+
+        @cache
+        def load() -> tuple[LLM, SamplingParams]:
+            from puna.api import LLM
+
+            llm = stack.enter_context(LLM(**loading(options)))
+            return llm, llm.defaults.merged(given)
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            load()  # first of all: the other ranks stay in there and serve, rank 0 alone reads the input
+        lines = stack.enter_context(_prompts(options))
         rows = (_json_row if jsonl and options.file else _text_row)(lines, options)
         if jsonl or options.out or "logprobs" in given or "prompt_logprobs" in given:
-            _write_records(rows, options, given)
+            _write_records(rows, options, load)
         else:
-            _write_text(rows, options, given)
+            _write_text(rows, options, load)
     return 0
 
 
@@ -223,7 +236,7 @@ def _with_system(messages: list[Record], system: str | None) -> list[Record]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _write_records(rows: Iterator[Row], options: GenerateOptions, given: Record) -> None:
+def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) -> None:
     done = resume(options.out, rows) if options.out else 0
     first = next(rows, None)
     if first is None:
@@ -231,7 +244,7 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, given: Record)
         return
     if done:
         print(f"{options.out} has {done} rows already; going on after them.", file=sys.stderr)
-    llm, params = _load(options, given)
+    llm, params = load()
     errors = 0
     to_terminal = options.out is None and sys.stdout.isatty()
     try:
@@ -252,8 +265,8 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, given: Record)
         print(f"{errors} rows could not be answered; each has its reason in its record.", file=sys.stderr)
 
 
-def _write_text(rows: Iterator[Row], options: GenerateOptions, given: Record) -> None:
-    llm, params = _load(options, given)
+def _write_text(rows: Iterator[Row], options: GenerateOptions, load: Load) -> None:
+    llm, params = load()
     head = list(islice(rows, 2))
     if len(head) == 1 and params.n == params.num_beams == 1:
         for piece in llm.stream(head[0].prompt, params):
@@ -268,13 +281,6 @@ def _write_text(rows: Iterator[Row], options: GenerateOptions, given: Record) ->
             if len(head) > 1 or params.n > 1:
                 print(f"==> prompt {row.index + 1}, answer {completion.index + 1} <==")
             print(completion.text, flush=True)
-
-
-def _load(options: GenerateOptions, given: Record) -> tuple[LLM, SamplingParams]:
-    from puna.api import LLM
-
-    llm = LLM(**loading(options))
-    return llm, llm.defaults.merged(given)
 
 
 def _count(options: GenerateOptions, done: int) -> int | None:

@@ -112,15 +112,20 @@ class ConvertOptions:
 class VerifyOptions:
     """Compare two checkpoints in any two formats: config, tokenizer, every tensor, logits of probe prompts.
 
-    Names the first layer that differs. Exit code 0 when they agree, 1 when they don't.
+    Names the first layer that differs. Exit code 0 when they are the same model, 3 when they differ.
 
     Examples:
       puna verify smollm2-135m-instruct smollm2
-      puna verify smollm2 smollm2-q8_0.gguf
+      puna verify smollm2 smollm2-q8_0.gguf --tolerance 0.01
     """
 
     a: str = argument(MODEL)
     b: str = argument("the other checkpoint")
+    tolerance: float | None = option(
+        None, "relative difference of a tensor that counts as the same; 0 when not given, 0.02 for quantised ones"
+    )
+    logits: bool = option(True, "run both on probe texts; --no-logits compares what is stored alone")
+    json: bool = option(False, "print JSON")
 
 
 @dataclass(kw_only=True)
@@ -229,5 +234,5 @@ def sampling(options: SamplingOptions) -> dict[str, Any]:
 
 
 def loading(options: ModelOptions) -> dict[str, Any]:
-    """`LLM`'s keyword arguments."""
-    return {entry.name: getattr(options, entry.name) for entry in fields(ModelOptions)}
+    """`LLM`'s keyword arguments, with progress shown."""
+    return {entry.name: getattr(options, entry.name) for entry in fields(ModelOptions)} | {"quiet": False}

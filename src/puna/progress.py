@@ -73,7 +73,7 @@ def _bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
             speed = f"  {_amount(task.speed, unit)}/s" if task.speed else ""
             return Text(f"{_amount(task.completed, unit)}{of}{speed}")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), Rate(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda n: progress.advance(task, n)

@@ -20,32 +20,39 @@ from puna.options import BenchOptions, LatencyOptions, loading
 from puna.progress import meter
 
 if TYPE_CHECKING:
-    import torch
-
     from puna.api import LLM
 
 PANELS = (("first_ms", "first token, ms"), ("per_token_ms", "each token after it, ms"), ("decode_tok_s", "tokens/s"))
+
+
+Shape = tuple[int, int, int]  # tokens of each prompt, tokens of each answer, requests at once
 
 
 def run(options: LatencyOptions) -> int:
     """Times the grid and publishes it."""
     if min(options.output_len) < 2:
         raise UserError("--output-len must be 2 or more: decode is what follows the first token")
-    if options.repeats < 1:
-        raise UserError("--repeats must be 1 or more")
-    llm = load(options)
-    bandwidth = read_bandwidth(llm.device)
+    if options.repeats < 1 or options.warmup < 0:
+        raise UserError("--repeats must be 1 or more, --warmup 0 or more")
     shapes = list(product(options.input_len, options.output_len, options.batch_size))
-    rng, rows = random.Random(options.seed), []
-    with meter("Timing", len(shapes) * (options.warmup + options.repeats), "rounds") as advance:
-        for shape in shapes:
-            rounds = []
-            for _ in range(options.warmup + options.repeats):
-                rounds.append(measure(llm, *shape, rng))
-                advance(1)
-            rows.append(_row(llm, shape, rounds[options.warmup :], bandwidth))
+    with load(options) as llm:
+        bandwidth = read_bandwidth(llm.device)
+        rows = time_grid(llm, shapes, bandwidth, options.warmup, options.repeats, options.seed)
     publish(rows, options, {"read_bandwidth": bandwidth}, PANELS)
     return 0
+
+
+def time_grid(llm: LLM, shapes: list[Shape], bandwidth: float, warmup: int, repeats: int, seed: int = 0) -> list[Row]:
+    """A row per shape, medians over `repeats`. `bandwidth`: see `read_bandwidth`."""
+    rng, rows = random.Random(seed), []
+    with meter("Timing", len(shapes) * (warmup + repeats), "rounds") as advance:
+        for shape in shapes:
+            rounds = []
+            for _ in range(warmup + repeats):
+                rounds.append(measure(llm, *shape, rng))
+                advance(1)
+            rows.append(_row(llm, shape, rounds[warmup:], bandwidth))
+    return rows
 
 
 def load(options: BenchOptions) -> LLM:
@@ -87,7 +94,7 @@ def random_prompt(llm: LLM, length: int, rng: random.Random) -> list[int]:
     return [rng.randrange(llm.config.vocab_size) for _ in range(length)]
 
 
-def _row(llm: LLM, shape: tuple[int, int, int], rounds: list[tuple[float, float]], bandwidth: float) -> Row:
+def _row(llm: LLM, shape: Shape, rounds: list[tuple[float, float]], bandwidth: float) -> Row:
     input_len, output_len, batch = shape
     first = median(prefill for prefill, _ in rounds)
     step = median(decode for _, decode in rounds) / (output_len - 1)
@@ -119,11 +126,11 @@ def step_bytes(llm: LLM, batch: int, context: float) -> float:
     return (weights + cache) * size / int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def read_bandwidth(device: torch.device) -> float:
+def read_bandwidth(device: str) -> float:
     """Bytes per second that summing a large tensor reaches on the device: what a memory-bound step could."""
     import torch
 
-    data = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
+    data = torch.ones(2**29 if device.startswith("cuda") else 2**26, device=device)
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()

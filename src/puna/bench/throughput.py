@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, quantiles
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PANELS = (("output_tok_s", "generated tokens/s"), ("p50_s", "median latency, s"), ("p99_s", "99th percentile, s"))
 SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048  # tokens; vLLM's filter of ShareGPT, so that numbers compare
 Lengths = tuple[int, int]  # tokens of the prompt, tokens to generate
+Queue = tuple[str | int, str | int, list[Lengths]]  # what the table calls its prompts and answers, and their lengths
 
 
 def run(options: ThroughputOptions) -> int:
@@ -29,24 +31,28 @@ def run(options: ThroughputOptions) -> int:
     if options.num_prompts < 1:
         raise UserError("--num-prompts must be 1 or more")
     conversations = read_conversations(options.dataset) if options.dataset else []
-    llm = load(options)
     rng = random.Random(options.seed)
-    queues: list[tuple[str | int, str | int, list[Lengths]]] = []
-    if options.dataset:
-        queues.append(("dataset", "dataset", sample_lengths(llm, conversations, options.num_prompts, rng)))
-    else:
-        for input_len, output_len in product(options.input_len, options.output_len):
-            queues.append((input_len, output_len, [(input_len, output_len)] * options.num_prompts))
-    serve(llm, [(8, 4)], 1, rng)  # warm up
-    rows = []
-    with meter("Timing", sum(len(queue[2]) for queue in queues) * len(options.batch_size), "requests") as advance:
-        for (prompt, answer, requests), batch in product(queues, options.batch_size):
-            seconds, latencies = serve(llm, requests, batch, rng)
-            head = {"input": prompt, "output": answer, "batch": batch}
-            rows.append(head | _rates(requests, seconds, latencies))
-            advance(len(requests))
+    with load(options) as llm:
+        queues: list[Queue] = []
+        if options.dataset:
+            queues.append(("dataset", "dataset", sample_lengths(llm, conversations, options.num_prompts, rng)))
+        else:
+            for prompt, answer in product(options.input_len, options.output_len):
+                queues.append((prompt, answer, [(prompt, answer)] * options.num_prompts))
+        rows = _time(llm, queues, options.batch_size, rng)
     publish(rows, options, {}, PANELS)
     return 0
+
+
+def _time(llm: LLM, queues: Sequence[Queue], batches: Sequence[int], rng: random.Random) -> list[Row]:
+    serve(llm, [(8, 4)], 1, rng)  # warm up
+    rows = []
+    with meter("Timing", sum(len(requests) for *_, requests in queues) * len(batches), "requests") as advance:
+        for (prompt, answer, requests), batch in product(queues, batches):
+            seconds, latencies = serve(llm, requests, batch, rng)
+            rows.append({"input": prompt, "output": answer, "batch": batch} | _rates(requests, seconds, latencies))
+            advance(len(requests))
+    return rows
 
 
 def serve(llm: LLM, requests: list[Lengths], batch: int, rng: random.Random) -> tuple[float, list[float]]:
