@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,17 @@ def choose_device(device: str) -> str:
 def choose_dtype(dtype: str, source: Source | None) -> torch.dtype:
     """`auto` is the checkpoint's own; bfloat16 for quantised and random weights."""
     if dtype == "auto":
-        stored = "bfloat16" if source is None or source.details.get("quantised") else source.hf_config.get("torch_dtype")
+        lossy = source is None or source.details.get("quantised")
+        stored = "bfloat16" if source is None or lossy else source.hf_config.get("torch_dtype")
         dtype = stored if stored in DTYPES else "float32"
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}{nearest(dtype, DTYPES)}; use one of auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
 
 
-def load(ref: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> tuple[Llama, Tokenizer]:
+def load(
+    ref: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+) -> tuple[Llama, Tokenizer]:
     """The plain model (nothing fused) and tokenizer of a checkpoint, to call or to take apart."""
     with open_source(ref, revision=revision) as source:
         tokenizer = source.tokenizer()
@@ -98,7 +101,7 @@ def load(ref: str | Path, *, dtype: str = "auto", device: str = "auto", revision
 
 
 class LLM:
-    """A model ready to generate. Under torchrun it is split over the ranks: rank 0 runs the script, the others serve it.
+    """A model ready to generate. Under torchrun it is split over the ranks: rank 0 runs the script, the others serve.
 
     Raises UserError for whatever the user can put right. Close it, or use it as a context manager, when ranks are many.
     """
@@ -205,9 +208,9 @@ class LLM:
         return self.engine.busy
 
     def encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
-        """Token ids of a text (by the checkpoint's BOS rule), of a conversation (by its template) or of ids; and the text."""
+        """Token ids, and the text, of a text (by the BOS rule), of a conversation (by its template) or of ids."""
         if not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt):
-            return [int(token) for token in prompt], None  # type: ignore[call-overload]
+            return [int(token) for token in prompt], None  # type: ignore[arg-type]
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer; give token ids.")
         if isinstance(prompt, str):
@@ -268,7 +271,7 @@ class LLM:
                     advance(1)
         return done
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Piece]:
         """Pieces of text as they come. Closing the iterator aborts the request."""
         id = self.submit(prompt, params, stream=True)
         request = self.engine.requests[id]
@@ -297,7 +300,8 @@ class LLM:
             tokens, _ = self.encode(text)
             if len(tokens) > self.max_model_len:
                 raise UserError(f"a text of {len(tokens)} tokens exceeds the context of {self.max_model_len}; cut it.")
-            ids.append((tokens, self.engine.add(tokens, SamplingParams(), score_only=True) if len(tokens) > 1 else None))
+            alone = len(tokens) < 2  # nothing to predict
+            ids.append((tokens, None if alone else self.engine.add(tokens, SamplingParams(), score_only=True)))
         done = self._drain(progress, len(ids))
         out = []
         for tokens, id in ids:

@@ -1,7 +1,8 @@
 """From a checkpoint to a model that runs, in one fixed order: meta, split, load, fuse, pack.
 
-Nothing is allocated before the model has its final shape: modules are made on the meta device, cut to this rank's part, and
-filled tensor by tensor, each rank reading only its slices. Fusing comes after, on local shards; packing (CPU) is last.
+Nothing is allocated before the model has its final shape: modules are made on the meta device, cut to this rank's part,
+and filled tensor by tensor, each rank reading only its slices. Fusing comes after, on local shards; packing (CPU) is
+last.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def load_model(
 ) -> Llama:
     """The model of an open checkpoint, with weights of `dtype` on `device`, in evaluation mode.
 
-    `tp` splits it over a tensor-parallel group, `fast` fuses and packs it for inference. Raises UserError when a tensor is
-    missing or of another shape.
+    `tp` splits it over a tensor-parallel group, `fast` fuses and packs it for inference. Raises UserError when a tensor
+    is missing or of another shape.
     """
     return _build(source.config, source.read, dtype, device, tp, fast, quiet)
 
@@ -106,16 +107,17 @@ def _load(
         tensor = read(name, tp_slice(name, shape, model.config, rank, size))
         owner, _, kind = name.removeprefix("model.").rpartition(".")
         module = model.get_submodule(owner)
-        if tensor.shape != getattr(module, kind).shape:
-            raise UserError(f"{name} has shape {list(tensor.shape)}, the config says {list(getattr(module, kind).shape)}.")
-        # A copy where nothing was converted: the reader may have given a view of the file, which lives shorter than us.
+        expected = getattr(module, kind).shape
+        if tensor.shape != expected:
+            raise UserError(f"{name} has shape {list(tensor.shape)}, the config says {list(expected)}.")
+        # A copy even where nothing is converted: the reader may have given a view of the file, which is closed soon.
         tensor = tensor.to(device, dtype, copy=True).contiguous()
         setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
     model.tie()
 
 
 def fuse(model: Llama) -> None:
-    """Merge q, k, v and gate, up into one product each. Inference only, after the split, so that shards are whole heads."""
+    """Merge q, k, v and gate, up into one product each. For inference; after the split, so that shards are whole heads."""
     for module in model.modules():
         if isinstance(module, Attention) and module.qkv_proj is None:
             module.qkv_proj = _concat(module.q_proj, module.k_proj, module.v_proj)

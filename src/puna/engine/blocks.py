@@ -1,8 +1,8 @@
 """Who owns which block of the paged KV cache: allocation, sharing, and reuse of prefixes. Holds no tensors.
 
-A block is free, cached (nobody uses it, but its content may be asked for again) or used (by one sequence or several). A
-full block's content is named by a serial: (serial of the block before it, its tokens) -> serial. Tokens are compared, not
-hashes of them, so a hit is never a collision.
+A block is free, cached (nobody uses it, but its content may be asked for again) or used (by one sequence or several).
+A full block's content is named by a serial: (serial of the block before it, its tokens) -> serial. Tokens are compared,
+not hashes of them, so a hit is never a collision.
 """
 
 from __future__ import annotations
@@ -119,4 +119,4 @@ class BlockPool:
         assert {block: self._by_key[key][0] for block, key in self._key_of.items()} == {b: b for b in self._key_of}
         assert len(self._by_key) == len(self._key_of), "a name points to nothing"
         users = Counter(block for table in tables for block in table)
-        assert users == Counter({block: n for block, n in enumerate(self.users) if n}), "users are not those who hold it"
+        assert users == Counter({block: n for block, n in enumerate(self.users) if n}), "users are not the holders"

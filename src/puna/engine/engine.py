@@ -1,7 +1,7 @@
 """The engine: requests in, finished requests out, one step at a time.
 
-A step is schedule, run, decide, apply. Under tensor parallelism every rank runs this same engine on the same requests; rank 0
-alone takes requests and chooses tokens, and the ranks share just those.
+A step is schedule, run, decide, apply. Under tensor parallelism every rank runs this same engine on the same requests;
+rank 0 alone takes requests and chooses tokens, and the ranks share just those.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from puna.engine.beam import BeamSearch
 from puna.engine.blocks import BlockPool
-from puna.engine.output import Completion, RequestOutput, TextStream
+from puna.engine.output import Completion, Logprob, RequestOutput, TextStream
 from puna.engine.params import SamplingParams
 from puna.engine.runner import Runner
 from puna.engine.sampler import NanLogits, Row, Sampled, fork_seed, sample, token_logprobs
@@ -152,7 +152,8 @@ class Engine:
                 f"{width} sequences at once are more than a step takes;"
                 " lower n or num_beams, or raise --max-num-seqs and --max-batch-tokens."
             )
-        room = self.scheduler.pool.num_blocks // width * self.scheduler.pool.block_size
+        pool = self.scheduler.pool
+        room = pool.num_blocks // width * pool.block_size
         if params.max_tokens is None:
             if len(prompt) >= room:
                 raise UserError(f"the prompt has {len(prompt)} tokens, the cache holds {room}; raise --kv-tokens.")
@@ -166,7 +167,7 @@ class Engine:
         if wanted > room:
             raise UserError(
                 f"{width} sequence{'s' * (width > 1)} of {wanted} tokens cannot fit the cache of"
-                f" {self.scheduler.pool.num_blocks * self.scheduler.pool.block_size} tokens; raise --kv-tokens or lower max_tokens."
+                f" {pool.num_blocks * pool.block_size} tokens; raise --kv-tokens or lower max_tokens."
             )
         return wanted
 
@@ -374,7 +375,9 @@ class Engine:
         for index, found in enumerate(self._beams[request.id].results()):
             last = found.tokens[-1] if found.tokens else None
             stopped = last in request.stop_ids
-            logprobs = [(token, level, []) for token, level in zip(found.tokens, found.logprobs, strict=True)]
+            logprobs: list[Logprob] = [
+                (token, level, []) for token, level in zip(found.tokens, found.logprobs, strict=True)
+            ]
             outputs.append(
                 Completion(
                     index=index,

@@ -1,7 +1,7 @@
 """Decode as CUDA graphs: a step that is one token a sequence is replayed instead of launched kernel by kernel.
 
-A graph needs tensors of fixed shape at fixed addresses, so steps are padded up to a bucket of rows and of cache blocks a row.
-Padding rows write into one spare block and see only that. The same padded step without a graph is the slow twin.
+A graph needs tensors of fixed shape at fixed addresses, so steps are padded up to a bucket of rows and of cache blocks
+a row. Padding rows write into one spare block and see only that. The same padded step without a graph is the slow twin.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class PaddedDecode:
         size, padding = self.block_size, self.rows - len(chunks)
         ids = [c.sequence.tokens[c.start] for c in chunks] + [0] * padding
         positions = [c.start for c in chunks] + [0] * padding
-        slots = [c.sequence.blocks[c.start // size] * size + c.start % size for c in chunks] + [self.spare * size] * padding
+        slots = [c.sequence.blocks[c.start // size] * size + c.start % size for c in chunks]
+        slots += [self.spare * size] * padding
         tables = [c.sequence.blocks[: c.start // size + 1] for c in chunks] + [[self.spare]] * padding
         table = [block for t in tables for block in (*t, *[self.spare] * (self.width - len(t)))]
         values = torch.tensor([*ids, *positions, *slots, *table])

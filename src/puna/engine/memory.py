@@ -25,8 +25,8 @@ def cache_blocks(
 ) -> int:
     """Blocks of `block_size` positions; the same on every rank.
 
-    `tokens` asks for that many positions. Else as many as fit, but no more than `max_sequences` of the longest sequences
-    could use. Raises UserError when not even one block fits.
+    `tokens` asks for that many positions. Else as many as fit, but no more than `max_sequences` of the longest could
+    use. Raises UserError when not even one block fits.
     """
     if tokens is not None:
         if tokens < block_size:

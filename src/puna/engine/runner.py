@@ -1,7 +1,7 @@
 """From a batch to logits: the seam where eager torch, CUDA graphs, a native CPU core or an exported graph may stand.
 
-`Runner.run` is all that the engine knows. This one is eager torch over a paged cache; the tokens of all sequences lie flat
-in one tensor, those of sequences with one pending token first, since they share one attention call.
+`Runner.run` is all that the engine knows. This one is eager torch over a paged cache; the tokens of all sequences lie
+flat in one tensor, those of sequences with one pending token first, since they share one attention call.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class EagerRunner:
         order = sorted(range(len(batch.chunks)), key=lambda i: batch.chunks[i].count > 1)
         chunks = [batch.chunks[i] for i in order]
         ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.start + c.count]]
-        positions = [position for c in chunks for position in range(c.start, c.start + c.count)]
+        positions = [position for c in chunks for position in c.positions]
         hidden = self.model(self._ints(ids), self._ints(positions), self._attend(chunks))
         rows = _logit_rows(batch, order)
         if not rows:
@@ -113,7 +113,7 @@ class EagerRunner:
 
     def _attend(self, chunks: list[Chunk]) -> Paged:
         size = self.block_size
-        slots = [c.sequence.blocks[p // size] * size + p % size for c in chunks for p in range(c.start, c.start + c.count)]
+        slots = [c.sequence.blocks[p // size] * size + p % size for c in chunks for p in c.positions]
         singles = [c for c in chunks if c.count == 1]
         runs, row = [], len(singles)
         for c in chunks[row:]:
@@ -122,7 +122,8 @@ class EagerRunner:
             if c.start:
                 seen = torch.arange(c.start, length, device=self.device)
                 mask = torch.arange(length, device=self.device) <= seen[:, None]
-            runs.append(Run(slice(row, row + c.count), self._run(c.sequence.blocks[: -(-length // size)]), length, mask))
+            blocks = self._run(c.sequence.blocks[: -(-length // size)])
+            runs.append(Run(slice(row, row + c.count), blocks, length, mask))
             row += c.count
         lengths = [c.start + 1 for c in singles]
         length = max(lengths, default=0)

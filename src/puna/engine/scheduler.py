@@ -1,7 +1,7 @@
 """Which tokens are computed in the next step. There are no phases: every sequence has pending tokens under one budget.
 
-Running requests come first, oldest first; then waiting ones are let in. When the cache is full the newest running request
-gives its blocks back and waits at the front; its tokens are computed again later, so nothing but time is lost.
+Running requests come first, oldest first; then waiting ones are let in. When the cache is full the newest running
+request gives its blocks back and waits at the front; its tokens are computed again later, so nothing but time is lost.
 """
 
 from __future__ import annotations
@@ -77,8 +77,14 @@ class Scheduler:
             seq = old[parent]
             if parent in parents[:index]:
                 self.pool.fork(seq.blocks)
-                lists = {name: list(getattr(seq, name)) for name in ("tokens", "blocks", "serials", "logprobs")}
-                seq = replace(seq, **lists, index=index)
+                seq = replace(
+                    seq,
+                    index=index,
+                    tokens=list(seq.tokens),
+                    blocks=list(seq.blocks),
+                    serials=list(seq.serials),
+                    logprobs=list(seq.logprobs),
+                )
             new.append(seq)
         for parent, seq in enumerate(old):
             if parent not in parents:
@@ -105,7 +111,8 @@ class Scheduler:
         for seq in sequences:
             assert seq.pending >= 1 and len(seq.tokens) <= seq.max_len
             assert len(seq.blocks) * self.pool.block_size >= seq.computed
-        assert not any(seq.blocks for request in self.waiting for seq in request.sequences), "a waiting request has blocks"
+        waiting = [seq for request in self.waiting for seq in request.sequences]
+        assert not any(seq.blocks for seq in waiting), "a waiting request has blocks"
 
     def _release(self, request: Request) -> None:
         for seq in request.sequences:

@@ -1,4 +1,4 @@
-"""What the engine keeps of a request: plain Python data, so that schedules can be tested by the thousand without torch."""
+"""What the engine keeps of a request: plain Python data, so that thousands of schedules can be tested without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from puna.engine.params import SamplingParams
+
+Logprob = tuple[int, float, list[tuple[int, float]]]  # token id, its log-probability, the likeliest (id, logprob)
 
 
 @dataclass(slots=True, eq=False)
@@ -24,7 +26,7 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # cache blocks, in order of position
     serials: list[int] = field(default_factory=list)  # content ids of its leading full blocks, see BlockPool
-    logprobs: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)  # (id, logprob, top) each
+    logprobs: list[Logprob] = field(default_factory=list)  # of the output
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -51,7 +53,7 @@ class Request:
     sequences: list[Sequence]  # running ones; finished ones move to `finished`
     score_only: bool = False  # wants log-probabilities of the prompt and no output
     finished: list[Sequence] = field(default_factory=list)
-    prompt_logprobs: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)  # from position 1 on
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # from the second token on
     keeps_text: bool = False  # its text is wanted as it grows: to stream, or to look for stop strings
     error: str | None = None
 
@@ -81,13 +83,17 @@ class Chunk:
     count: int
 
     @property
+    def positions(self) -> range:
+        return range(self.start, self.start + self.count)
+
+    @property
     def samples(self) -> bool:
         """Whether its last logits choose the next token."""
         return self.start + self.count == len(self.sequence.tokens) and not self.request.score_only
 
     @property
     def logit_rows(self) -> range:
-        """Offsets inside the chunk whose logits are needed: those that predict prompt tokens, and the one that samples."""
+        """Offsets inside the chunk whose logits are needed: they predict wanted prompt tokens, or the next token."""
         end = self.count if self.samples else 0
         if self.request.wants_prompt:
             known, last = len(self.request.prompt_logprobs), len(self.request.prompt) - 1

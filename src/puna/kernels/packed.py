@@ -1,7 +1,7 @@
 """Linear layers on the CPU with weights packed once for oneDNN, as Inductor's freezing does.
 
-`F.linear` lays a weight out anew on every call: with 1 to 16 rows it reads bfloat16 at 15 to 25 GB/s where the packed form
-reads at 40 to 60. The operators are not public API, so their presence is asked and their result compared before use.
+`F.linear` lays a weight out anew on every call: with 1 to 16 rows it reads bfloat16 at 15 to 25 GB/s where the packed
+form reads at 40 to 60. The operators are not public API, so their result is compared before they are used.
 """
 
 from __future__ import annotations

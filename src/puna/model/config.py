@@ -1,4 +1,4 @@
-"""What a LLaMA model is, in numbers: read from and written to Hugging Face's config.json (keys of transformers 4 and 5).
+"""What a LLaMA model is, in numbers; from and to Hugging Face's config.json (keys of transformers 4 and 5).
 
 Torch-free, so that the command line can describe a checkpoint without paying for torch.
 """
@@ -57,7 +57,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 class ModelConfig:
     """The shape of a LLaMA model. Lengths are in tokens, sizes in elements.
 
-    `rope_scaling` is None (plain RoPE) or a dict with `rope_type` in linear, dynamic, yarn, llama3 and that type's keys.
+    `rope_scaling` is None (plain RoPE) or a dict of `rope_type` (linear, dynamic, yarn, llama3) and that type's keys.
     """
 
     vocab_size: int
@@ -93,11 +93,11 @@ class ModelConfig:
         """Read a config.json. Raises UserError, naming the key, for what is missing or not implemented."""
         kind = config.get("model_type")
         if kind != "llama":
-            said = f"model_type {kind!r}" if kind else f"architectures {config.get('architectures')!r} and no model_type"
+            said = f"model_type {kind!r}" if kind else f"no model_type and architectures {config.get('architectures')}"
             raise UserError(f"config.json says {said}; puna implements model_type 'llama' only.")
         for key in NEEDED:
             if config.get(key) is None:
-                raise UserError(f"config.json lacks {key!r}, which every LLaMA model needs; add it from the model's source.")
+                raise UserError(f"config.json lacks {key!r}, which every LLaMA needs; take it from the model's source.")
         for key, allowed in FIXED.items():
             if config.get(key) not in allowed:
                 raise UserError(f"config.json asks for {key}={config[key]!r}, which puna does not implement.")

@@ -1,7 +1,8 @@
 """The LLaMA decoder. It knows nothing of ranks, pages, quantisation or adapters; those are put into it from outside.
 
 Leading dimensions are free: [B, T] tokens in training, [N] tokens of many sequences in serving. `attend` owns masks and
-caches. Modules carry Hugging Face's names and rotate-half RoPE, so that importing a checkpoint is `removeprefix("model.")`.
+caches. Modules carry Hugging Face's names and rotate-half RoPE, so that importing a checkpoint is
+`removeprefix("model.")`.
 """
 
 from __future__ import annotations
@@ -173,5 +174,5 @@ class Llama(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., hidden] -> logits [..., vocab], apart from `forward` so that only needed rows are made."""
+        """Hidden states [..., hidden] -> logits [..., vocab]; not in `forward`, so that only needed rows are made."""
         return self.gather(self.lm_head(hidden))

@@ -46,8 +46,8 @@ def check_tp(config: ModelConfig, size: int) -> None:
 def tp_slice(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, size: int) -> tuple[slice, ...]:
     """The part of tensor `name` (full `shape`) that rank `rank` of `size` holds, as an index into the full tensor.
 
-    With fewer key/value heads than ranks, each head is held by size / heads neighbouring ranks. The bias of a "row" layer
-    is whole on every rank (it is added after the reduction).
+    With fewer key/value heads than ranks, each head is held by size / heads neighbouring ranks. The bias of a "row"
+    layer is whole on every rank (it is added after the reduction).
     """
     whole = tuple(slice(0, n) for n in shape)
     module, kind = name.split(".")[-2], name.split(".")[-1]

@@ -36,9 +36,7 @@ def _codellama(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv: i
 
 
 def _llama3(hidden: int, ffn: int, layers: int, heads: int, context: int = 8192, **rest: object) -> ModelConfig:
-    return _config(
-        128256, hidden, ffn, layers, heads, 8, max_position_embeddings=context, rope_theta=500000.0, **rest
-    )
+    return _config(128256, hidden, ffn, layers, heads, 8, max_position_embeddings=context, rope_theta=500000.0, **rest)
 
 
 PRESETS: dict[str, ModelConfig] = {

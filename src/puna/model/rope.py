@@ -45,7 +45,7 @@ def _llama3(frequencies: Tensor, scaling: dict) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
-    """Interpolate the dimensions that turn less than beta_slow times in the trained context, keep those above beta_fast."""
+    """Slow the dimensions that turn less than beta_slow times in the trained context, keep those above beta_fast."""
     scaling, dim = config.rope_scaling or {}, config.head_dim
     trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 

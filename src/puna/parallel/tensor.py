@@ -45,7 +45,7 @@ class TensorParallel:
 
 
 def split(model: Llama, tp: TensorParallel) -> None:
-    """Cut a meta model's parameters to this rank's part and set the collectives. Raises UserError when it can't be cut."""
+    """Cut a meta model's parameters to this rank's part and set the collectives. UserError when it can't be cut."""
     config = model.config
     check_tp(config, tp.size)
     for name, shape in config.tensors().items():
@@ -65,7 +65,7 @@ def split(model: Llama, tp: TensorParallel) -> None:
 
 
 def gather_vocab(logits: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
-    """Logits [..., local vocab] -> [..., vocab]. The last ranks' parts are shorter when the vocabulary doesn't divide."""
+    """Logits [..., local vocab] -> [..., vocab]; the last ranks' parts may be shorter."""
     step = -(-vocab_size // tp.size)
     padded = nn.functional.pad(logits, (0, step - logits.shape[-1])).contiguous()
     parts = [torch.empty_like(padded) for _ in range(tp.size)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,7 @@ END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
 class Tokenizer:
     """Text to ids, messages to ids, ids to text. Make one with `load` or a `from_...` method."""
 
-    def __init__(self, parts: Parts, *, template: str | None = None) -> None:
-        if template is not None:
-            parts.templates = {"default": choose(template, add_bos=parts.add_bos)}
-            parts.template_name = template
-            parts.files = {name: data for name, data in parts.files.items() if not name.endswith(".jinja")}
+    def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._backend = parts.backend
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(self._id, (parts.bos, parts.eos, parts.unk, parts.pad))
@@ -60,27 +57,35 @@ class Tokenizer:
         path = Path(path)
         if not path.exists():
             raise UserError(f"There is no tokenizer at {path}.")
-        return cls(hf.read_directory(path) if path.is_dir() else hf.read_model(path), template=template)
+        tokenizer = cls(hf.read_directory(path) if path.is_dir() else hf.read_model(path))
+        return tokenizer if template is None else tokenizer.with_template(template)
 
     @classmethod
-    def from_spm(cls, path: str | Path, *, template: str | None = None) -> Tokenizer:
+    def from_spm(cls, path: str | Path) -> Tokenizer:
         """Read a SentencePiece `tokenizer.model` (LLaMA 1 and 2)."""
-        return cls(spm.read_spm(path), template=template)
+        return cls(spm.read_spm(path))
 
     @classmethod
-    def from_tiktoken(cls, path: str | Path, *, template: str | None = None) -> Tokenizer:
+    def from_tiktoken(cls, path: str | Path) -> Tokenizer:
         """Read a tiktoken `tokenizer.model` (Llama 3)."""
-        return cls(read_tiktoken(path), template=template)
+        return cls(read_tiktoken(path))
 
     @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any], *, template: str | None = None) -> Tokenizer:
+    def from_gguf(cls, fields: Mapping[str, Any]) -> Tokenizer:
         """Read the `tokenizer.*` metadata of a GGUF file, given as plain Python values by key."""
-        return cls(read_gguf(fields), template=template)
+        return cls(read_gguf(fields))
 
     @classmethod
-    def from_llama2c(cls, path: str | Path, *, template: str | None = None) -> Tokenizer:
+    def from_llama2c(cls, path: str | Path) -> Tokenizer:
         """Read llama2.c's `tokenizer.bin` or `tok512.bin`."""
-        return cls(spm.read_llama2c(path), template=template)
+        return cls(spm.read_llama2c(path))
+
+    def with_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template: a built-in by name, or the path of a Jinja file."""
+        parts = self._parts
+        source = choose(template, add_bos=parts.add_bos)
+        files = {name: data for name, data in parts.files.items() if not name.endswith(".jinja")}
+        return Tokenizer(replace(parts, templates={"default": source}, template_name=template, files=files))
 
     def save(self, directory: str | Path) -> None:
         """Write Hugging Face files that transformers 4 and 5 read the same way. Loading and saving again is stable."""
