@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from puna.api import LLM
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Write one sentence about llamas.")
-STARTS = ("The capital of Peru is", "Water boils at", "A llama is", "The first person on the Moon was")
-STARTS += ("Once upon a time", "The opposite of hot is", "In Python, a list is", "The sun rises in the")
+STARTS = (
+    "The capital of Peru is",
+    "Water boils at",
+    "A llama is",
+    "The first person on the Moon was",
+    "Once upon a time",
+    "The opposite of hot is",
+    "In Python, a list is",
+    "The sun rises in the",
+)
 INPUT, OUTPUT, BATCHES = (32, 128), 32, (1, 4, 8)
 
 

@@ -35,7 +35,7 @@ def run(options: LatencyOptions) -> int:
     if options.repeats < 1 or options.warmup < 0:
         raise UserError("--repeats must be 1 or more, --warmup 0 or more")
     shapes = list(product(options.input_len, options.output_len, options.batch_size))
-    with load(options) as llm:
+    with load(options, max(options.input_len) + max(options.output_len)) as llm:
         bandwidth = read_bandwidth(llm.device)
         rows = time_grid(llm, shapes, bandwidth, options.warmup, options.repeats, options.seed)
     publish(rows, options, {"read_bandwidth": bandwidth}, PANELS)
@@ -55,15 +55,14 @@ def time_grid(llm: LLM, shapes: list[Shape], bandwidth: float, warmup: int, repe
     return rows
 
 
-def load(options: BenchOptions) -> LLM:
-    """The model, once it is sure that every shape of the grid fits its context."""
+def load(options: BenchOptions, longest: int) -> LLM:
+    """The model, sure to hold requests of `longest` tokens."""
     from puna.api import LLM
 
     if min(*options.input_len, *options.output_len, *options.batch_size) < 1:
         raise UserError("lengths and batch sizes must be 1 or more")
     wanted = loading(options) | {"seed": options.seed, "max_num_seqs": max(options.max_num_seqs, *options.batch_size)}
     llm = LLM(**wanted)
-    longest = max(options.input_len) + max(options.output_len)
     if longest > llm.max_model_len:
         raise UserError(
             f"--input-len and --output-len come to {longest} tokens, the context is {llm.max_model_len}: shorten them"

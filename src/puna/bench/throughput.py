@@ -32,7 +32,7 @@ def run(options: ThroughputOptions) -> int:
         raise UserError("--num-prompts must be 1 or more")
     conversations = read_conversations(options.dataset) if options.dataset else []
     rng = random.Random(options.seed)
-    with load(options) as llm:
+    with load(options, 0 if options.dataset else max(options.input_len) + max(options.output_len)) as llm:
         queues: list[Queue] = []
         if options.dataset:
             queues.append(("dataset", "dataset", sample_lengths(llm, conversations, options.num_prompts, rng)))
