@@ -23,6 +23,7 @@ from puna.text.spm import read_spm
 
 ROLES = ("bos", "eos", "unk", "pad")
 BOS_BY_CLASS = {"LlamaTokenizer", "CodeLlamaTokenizer"}  # these add a BOS unless told otherwise
+LLAMA_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # what these call their tokens when no file says
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 
 
@@ -102,6 +103,7 @@ def _name_special(parts: Parts, config: dict[str, Any], folder: Path) -> None:
     if listed_apart:
         parts.files[path.name] = read_bytes(path)
     config = listed_apart | config
+    special = {token.content for token in parts.backend.get_added_tokens_decoder().values() if token.special}
     for role in ROLES:
         key = f"{role}_token"
         named = config.get(key)
@@ -109,9 +111,10 @@ def _name_special(parts: Parts, config: dict[str, Any], folder: Path) -> None:
             setattr(parts, role, _text(named))
         elif key in config:
             setattr(parts, role, None)
-        elif getattr(parts, role) is None and role in ("bos", "eos"):
+        elif getattr(parts, role) is None:
             listed = _ids(model.get(f"{role}_token_id"))
-            setattr(parts, role, parts.backend.id_to_token(listed[0]) if listed else None)
+            usual = LLAMA_NAMES.get(role) if LLAMA_NAMES.get(role) in special else None
+            setattr(parts, role, parts.backend.id_to_token(listed[0]) if listed else usual)
         text = getattr(parts, role)
         if text is not None and parts.backend.token_to_id(text) is None:
             _add(parts, text, True)  # transformers adds a named token that the vocabulary lacks, too

@@ -1,14 +1,16 @@
 """Chat templates: Jinja programs that come with a checkpoint, so they are untrusted and run in a bounded sandbox.
 
 The environment is that of transformers (5.x, `chat_template_utils`), so that the same template gives the same text. On
-top come bounds: the size of the source, the number of steps, and the size of any text or list that is built on the
-way. A template can neither reach Python nor keep the process busy for ever.
+top come bounds: the size of the source, the time that it runs, and the size of every text or list that it builds on the
+way. A template can neither reach Python nor keep the process busy or fill its memory.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, wraps
@@ -26,12 +28,14 @@ from jinja2.utils import Namespace
 from puna.errors import UserError, nearest
 
 MAX_SOURCE = 1 << 18  # characters; the longest templates in use have about 20,000
-MAX_STEPS = 2_000_000  # lines of compiled template and calls; a long conversation takes some ten thousand
-MAX_TEXT = 16_000_000  # characters, or items of a list
-MAX_PRODUCT = 1_000_000_000  # characters that one call could make at most
+MAX_SECONDS = 5.0  # a long conversation takes some milliseconds
+MAX_TEXT = 16_000_000  # characters of a text, or of everything in a list
+MAX_PRODUCT = 250_000_000  # characters that one call could make at most, judged before it runs
 MAX_COUNT = 100_000  # any whole number given to a call, as jinja2's own bound on `range`
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
-GROWING = {"replace", "join", "indent", "format", "wordwrap", "expandtabs", "%"}
+GROWING = {"replace", "join", "indent", "tojson", "format", "format_map", "wordwrap", "expandtabs", "translate", "%"}
+FORMATS = {"format", "format_map", "%"}
+WIDTH = re.compile(r"\d{5,}")  # in a format string
 
 
 def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
@@ -42,19 +46,18 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mappin
     except (TypeError, ValueError) as error:
         raise UserError(f"Tools and template settings must be plain JSON data ({error}).") from error
     template = _compile(source)
-    outer, budget = sys.gettrace(), _Budget()
+    outer = sys.gettrace()
     text, size = [], 0
     try:
-        sys.settrace(budget)
+        sys.settrace(_Clock())
         for part in template.generate(documents=None, **{**variables, "messages": conversation}):
             size += len(part)
             if size > MAX_TEXT:
                 raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
             text.append(part)
     except Exception as error:  # whatever a template does wrong is the template's or the conversation's fault
-        raise UserError(
-            f"The chat template refused this conversation: {str(error) or type(error).__name__}."
-        ) from error
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise UserError(f"The chat template refused this conversation: {reason}.") from error
     finally:
         sys.settrace(outer)
     return "".join(text)
@@ -86,21 +89,39 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return checked
 
 
-class _Budget:
-    """A trace function that counts a template's steps. Jinja has no other hook that every kind of loop passes."""
+class _Clock:
+    """A trace function that stops a template when its time is up. Jinja has no other hook that every loop passes."""
 
     def __init__(self) -> None:
-        self.left = MAX_STEPS
+        self.end = time.monotonic() + MAX_SECONDS
 
-    def __call__(self, frame: FrameType, event: str, arg: Any) -> _Budget | None:
-        self.left -= 1
-        if self.left < 0:
-            raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> _Clock | None:
+        if time.monotonic() > self.end:
+            raise SecurityError(f"it runs for more than {MAX_SECONDS:g} seconds")
         return self if frame.f_code.co_filename == "<template>" else None
 
 
+def _weight(value: Any, most: int) -> int:
+    """Characters in a value, every reference counted; the value itself for a number. Stops counting beyond `most`."""
+    match value:
+        case str():
+            return len(value)
+        case int():
+            return abs(value)
+        case list() | tuple() | dict():
+            total = len(value)
+            for item in value.items() if isinstance(value, dict) else value:
+                total += 1 if isinstance(item, int) else _weight(item, most - total)
+                if total > most:
+                    break
+            return total
+        case _:
+            return 1
+
+
 def _sized(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict) and len(value) > MAX_TEXT:
+    """The value, when it is no larger than `MAX_TEXT`. All that a template builds passes here, so nothing can grow."""
+    if not isinstance(value, int) and _weight(value, MAX_TEXT) > MAX_TEXT:
         raise SecurityError(f"it builds more than {MAX_TEXT:,} characters")
     return value
 
@@ -126,27 +147,14 @@ def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callab
         if name in GROWING:
             product = 1
             for value in (owner, *given):
-                product *= max(1, _weight(value))
+                product *= max(1, _weight(value, MAX_PRODUCT))
             if product > MAX_PRODUCT:
                 raise SecurityError(f"it builds more than {MAX_PRODUCT:,} characters")
+            if any(isinstance(value, str) and WIDTH.search(value) for value in (owner, *given[:1])) and name in FORMATS:
+                raise SecurityError("it formats to a width of more than four digits")
         return _sized(function(*args, **kw))
 
     return checked
-
-
-def _weight(value: Any) -> int:
-    """Characters in a value, each reference counted; the value itself for a number."""
-    match value:
-        case str():
-            return len(value)
-        case list() | tuple():
-            return sum(_weight(item) + 1 for item in value)
-        case dict():
-            return sum(_weight(key) + _weight(item) + 1 for key, item in value.items())
-        case int():
-            return abs(value)
-        case _:
-            return 1
 
 
 class _Generation(jinja2.ext.Extension):
@@ -189,11 +197,29 @@ class _Generator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_List(self, node: jinja2.nodes.List, frame: Frame) -> None:
+        self.write("environment.sized(")
+        super().visit_List(node, frame)
+        self.write(")")
+
+    def visit_Dict(self, node: jinja2.nodes.Dict, frame: Frame) -> None:
+        self.write("environment.sized(")
+        super().visit_Dict(node, frame)
+        self.write(")")
+
+    def visit_Tuple(self, node: jinja2.nodes.Tuple, frame: Frame) -> None:
+        if node.ctx != "load":  # the names that a loop or an assignment sets
+            return super().visit_Tuple(node, frame)
+        self.write("environment.sized(")
+        super().visit_Tuple(node, frame)
+        self.write(")")
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     concat = staticmethod(_join)
+    sized = staticmethod(_sized)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         numbers = isinstance(left, int) and isinstance(right, int)
@@ -203,14 +229,16 @@ class _Environment(ImmutableSandboxedEnvironment):
             if numbers and max(abs(left), abs(right)) >= 1 << 64:
                 raise SecurityError("it multiplies large numbers")
             for many, times in ((left, right), (right, left)):
-                if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > MAX_TEXT:
+                sequence = isinstance(many, str | list | tuple) and isinstance(times, int)
+                if sequence and _weight(many, MAX_TEXT) * times > MAX_TEXT:
                     raise SecurityError(f"it builds more than {MAX_TEXT:,} characters")
         if operator == "%" and isinstance(left, str):
             return _bounded(lambda text, values: text % values, "%")(left, right)
         return _sized(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kw: Any) -> Any:  # noqa: N805 - as jinja2 declares it
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):
             __obj = _bounded(__obj, name, owner)
         return _sized(super().call(__context, __obj, *args, **kw))
