@@ -109,7 +109,10 @@ def write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[st
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            tensor = read(name)
-            if tuple(tensor.shape) != tensors[name].shape or tensor.dtype != tensors[name].dtype:
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {tensors[name]}")
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(_bytes(name, read(name), tensors[name]))
+
+
+def _bytes(name: str, tensor: Tensor, info: TensorInfo) -> memoryview:
+    if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {info}")
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

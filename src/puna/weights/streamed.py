@@ -16,7 +16,7 @@ from puna.model.linear import Linear
 from puna.model.llama import Llama
 from puna.weights.source import Source
 
-STEP = 1 << 24  # elements of a weight in memory at a time
+STEP = 1 << 21  # elements of a weight in memory at a time
 
 
 class Streamed:
@@ -30,8 +30,8 @@ class Streamed:
         step = max(1, STEP // columns)
         y = x.new_empty(*x.shape[:-1], rows)
         for start in range(0, rows, step):
-            weight = self.source.read(self.name, (slice(start, min(start + step, rows)),))
-            y[..., start : start + step] = F.linear(x, weight.to(x.dtype))
+            part = (slice(start, min(start + step, rows)),)
+            y[..., start : start + step] = F.linear(x, self.source.read(self.name, part).to(x.dtype))
         return y
 
 
