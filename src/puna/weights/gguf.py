@@ -102,7 +102,7 @@ def _read(tensor: GGUFTensor, index: Index | None, head_dim: int | None) -> torc
     dtype = PLAIN.get(tensor.type, torch.float32)
     result = torch.empty(len(rows), len(columns), dtype=dtype)
     step = max(1, CHUNK_BYTES // (4 * tensor.block * max(1, last - first)))
-    for at in range(0, len(rows), step):
+    for at in range(0, len(rows) if columns else 0, step):
         raw = stored[rows[at : at + step], taken]
         if tensor.type in PLAIN:
             values = torch.from_numpy(raw).view(dtype)
