@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from puna.build import DTYPES, load_model, random_model
 from puna.engine.blocks import BlockPool
 from puna.engine.engine import Engine, Limits
 from puna.engine.memory import cache_blocks
-from puna.engine.output import RequestOutput, TextStream
+from puna.engine.output import RequestOutput
 from puna.engine.params import SamplingParams
 from puna.engine.runner import BLOCK_SIZE, make_runner
 from puna.errors import UserError, nearest
@@ -34,6 +35,7 @@ from puna.weights.source import Source, open_source
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
+Box = dict[str, RequestOutput]  # finished requests by id
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,15 @@ class LLM:
             share=tp.share if tp else None,
             leads=tp is None or tp.rank == 0,
         )
-        self._prompts: dict[str, str] = {}
+        self._prompts: dict[str, str] = {}  # texts of unfinished requests
+        self._ended: Box = {}  # what `step` is to give
+        self._boxes: dict[str, Box] = {}  # where the output of an unfinished request goes instead
         self._closed = tp is None
-        if tp is not None and tp.rank > 0:
-            self.engine.follow()
-            raise SystemExit(0)
-        atexit.register(self.close)  # a script that ends without closing must not leave ranks waiting
+        if tp is not None:
+            if tp.rank > 0:
+                self.engine.follow()
+                raise SystemExit(0)
+            atexit.register(self.close)  # a script that ends without closing must not leave ranks waiting
 
     def __enter__(self) -> LLM:
         return self
@@ -193,19 +198,25 @@ class LLM:
         return id
 
     def step(self) -> list[RequestOutput]:
-        """Compute the next batch; gives the requests that ended with it."""
-        done = self.engine.step()
-        for out in done:
-            out.prompt = self._prompts.pop(out.id, None)
+        """Compute the next batch; gives the submitted requests that have ended."""
+        self._advance()
+        done = list(self._ended.values())
+        self._ended.clear()
         return done
+
+    def _advance(self) -> None:
+        """A step of the engine. Several callers may take turns in this: each output goes to whose request it was."""
+        for out in self.engine.step():
+            out.prompt = self._prompts.pop(out.id, None)
+            self._boxes.pop(out.id, self._ended)[out.id] = out
 
     def abort(self, id: str) -> None:
         self.engine.abort(id)
 
     @property
     def busy(self) -> int:
-        """Requests that have not finished."""
-        return self.engine.busy
+        """Requests that have not finished, or whose output `step` has yet to give."""
+        return self.engine.busy + len(self._ended)
 
     def encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
         """Token ids, and the text, of a text (by the BOS rule), of a conversation (by its template) or of ids."""
@@ -227,14 +238,14 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continue every prompt (texts or token ids), in order. A request that fails alone carries an `error`."""
-        listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._all(listed, params, progress)
+        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        return self._all([prompts] if one else list(prompts), params, progress)
 
     def chat(
         self,
@@ -251,65 +262,64 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one, or as many.")
+        return self._gather((self.submit(*pair) for pair in zip(prompts, each, strict=True)), len(each), progress)
+
+    def _gather(self, submitted: Iterator[str], total: int, progress: bool) -> list[RequestOutput]:
+        """Outputs of requests (ids), in their order. When anything goes wrong, Ctrl-C too, all of them are dropped."""
         ids: list[str] = []
+        box: Box = {}
         try:
-            for prompt, wanted in zip(prompts, each, strict=True):
-                ids.append(self.submit(prompt, wanted))
-            done = self._drain(progress, len(ids))
+            for id in submitted:
+                ids.append(id)
+                self._boxes[id] = box
+            with meter("Generating", total, "requests", quiet=not progress) as advance:
+                while len(box) < len(ids):
+                    before = len(box)
+                    self._advance()
+                    advance(len(box) - before)
         except BaseException:
             for id in ids:
                 self.abort(id)
             raise
-        return [done[id] for id in ids]
+        return [box[id] for id in ids]
 
-    def _drain(self, progress: bool, total: int) -> dict[str, RequestOutput]:
-        done: dict[str, RequestOutput] = {}
-        with meter("Generating", total, "requests", quiet=not progress) as advance:
-            while self.busy:
-                for out in self.step():
-                    done[out.id] = out
-                    advance(1)
-        return done
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Piece, None, None]:
         """Pieces of text as they come. Closing the iterator aborts the request."""
         id = self.submit(prompt, params, stream=True)
         request = self.engine.requests[id]
-        if request.has_beams:
-            self.abort(id)
-            raise UserError("beam search chooses at the end and cannot stream; use generate.")
-        seen: dict[int, int] = {}
+        box = self._boxes[id] = {}
+        seen: Counter[int] = Counter()  # tokens given, by index of the completion
         try:
-            while id in self.engine.requests:
-                self.step()
+            while True:
                 for seq in sorted((*request.sequences, *request.finished), key=lambda seq: seq.index):
-                    if request.error is not None:
-                        raise UserError(request.error)
-                    tokens = seq.output[seen.get(seq.index, 0) :]
-                    if tokens and isinstance(seq.text, TextStream):
-                        seen[seq.index] = seen.get(seq.index, 0) + len(tokens)
+                    tokens = seq.tokens[seq.prompt_len + seen[seq.index] :]
+                    if tokens and seq.text is not None:
+                        seen[seq.index] += len(tokens)
                         over = seq.finish_reason is not None
                         yield Piece(seq.text.take(over=over), tokens, seq.finish_reason, seq.index)
+                if box:
+                    break
+                self._advance()
+            if request.error is not None:
+                raise UserError(request.error)
         finally:
             self.abort(id)
 
     def score(self, texts: Sequence[str] | Sequence[Sequence[int]], *, progress: bool = False) -> list[Scored]:
         """Log-probabilities (natural, of the raw model) of given texts or token ids, batched."""
-        ids = []
-        for text in texts:
-            tokens, _ = self.encode(text)
-            if len(tokens) > self.max_model_len:
-                raise UserError(f"a text of {len(tokens)} tokens exceeds the context of {self.max_model_len}; cut it.")
-            alone = len(tokens) < 2  # nothing to predict
-            ids.append((tokens, None if alone else self.engine.add(tokens, SamplingParams(), score_only=True)))
-        done = self._drain(progress, len(ids))
+        listed = [self.encode(text)[0] for text in texts]
+        scorable = [tokens for tokens in listed if len(tokens) > 1]
+        added = (self.engine.add(tokens, SamplingParams(), score_only=True) for tokens in scorable)
+        done = iter(self._gather(added, len(scorable), progress))
         out = []
-        for tokens, id in ids:
-            result = done[id] if id is not None else None
-            if result is not None and result.error:
-                raise UserError(result.error)
-            levels = [level for _, level, _ in (result.prompt_logprobs or [])] if result is not None else []
-            out.append(Scored(tokens, [None, *levels] if tokens else []))
+        for tokens in listed:
+            levels: list[float | None] = [None] * min(len(tokens), 1)
+            if len(tokens) > 1:
+                result = next(done)
+                if result.error is not None:
+                    raise UserError(result.error)
+                levels += [level for _, level, _ in result.prompt_logprobs or []]
+            out.append(Scored(tokens, levels))
         return out
 
 

@@ -25,7 +25,6 @@ class BlockPool:
         self._by_key: dict[Key, tuple[int, int]] = {}  # content -> (block, serial)
         self._key_of: dict[int, Key] = {}
         self._next_serial = ROOT + 1
-        self.hit_tokens = 0
 
     @property
     def available(self) -> int:
@@ -50,7 +49,6 @@ class BlockPool:
             blocks.append(block)
             serials.append(serial)
         self.fork(blocks)
-        self.hit_tokens += len(blocks) * size
         return blocks, serials
 
     def allocate(self, count: int) -> list[int] | None:

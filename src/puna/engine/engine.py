@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -74,20 +75,26 @@ class Engine:
         score_only: bool = False,
         stream: bool = False,
     ) -> str:
-        """Queue a request and give its id. `stream` keeps its text up to date. Raises UserError when it cannot fit."""
+        """Queue a request and give its id. Raises UserError when it can never run.
+
+        `score_only` asks for log-probabilities of the prompt and no output; `stream` keeps the text up to date.
+        """
         self._count += 1
-        id = id if id is not None else str(self._count)
+        if id is None:
+            id = next(name for n in count(self._count) if (name := str(n)) not in self.requests)
         if id in self.requests:
             raise UserError(f"there is already a request {id!r}; give each its own id.")
-        max_len = len(prompt) if score_only else self._max_len(prompt, params)
+        max_len = self._max_len(prompt, params, score_only)
         params.check_fits(self.limits.vocab_size)
         seed = params.seed if params.seed is not None else fork_seed(self.seed, self._count)
         stop_ids = () if params.ignore_eos else self.stop_ids
         sequence = Sequence(list(prompt), len(prompt), max_len, seed)
-        request = Request(id, prompt, params, (*stop_ids, *params.stop_token_ids), [sequence], score_only)
+        request = Request(id, list(prompt), params, (*stop_ids, *params.stop_token_ids), [sequence], score_only)
         request.keeps_text = stream or bool(params.stop)
         if request.keeps_text and self.tokenizer is None:
             raise UserError("this model has no tokenizer, so there is no text to stream or to stop at.")
+        if stream and request.has_beams:
+            raise UserError("beam search chooses at the end and cannot stream; use generate, or num_beams = 1.")
         if request.has_beams:
             self._beams[id] = BeamSearch(len(prompt), params, request.stop_ids, max_len, seed)
         self.requests[id] = request
@@ -133,18 +140,26 @@ class Engine:
 
     # Requests in
 
-    def _max_len(self, prompt: list[int], params: SamplingParams) -> int:
+    def _max_len(self, prompt: list[int], params: SamplingParams, score_only: bool) -> int:
         """Tokens at which the request's sequences end. They must fit the cache even when all else is preempted."""
-        context, vocab = self.limits.max_model_len, self.limits.vocab_size
+        context, vocab, length = self.limits.max_model_len, self.limits.vocab_size, len(prompt)
         if not prompt:
             raise UserError("the prompt is empty and this tokenizer adds no BOS; give at least one token.")
         if min(prompt) < 0 or max(prompt) >= vocab:
             bad = next(token for token in prompt if not 0 <= token < vocab)
             raise UserError(f"the prompt has token {bad}, but the model's vocabulary ends at {vocab - 1}.")
-        if len(prompt) >= context:
+        wanted = length if score_only else length + (params.max_tokens or 1)
+        if score_only and length > context:
+            raise UserError(f"the text has {length} tokens, more than the context of {context}; cut it into parts.")
+        if not score_only and length >= context:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, and the context of {context} must hold the answer too;"
+                f"the prompt has {length} tokens, and the context of {context} must hold the answer too;"
                 " shorten it or raise --max-model-len."
+            )
+        if wanted > context:
+            raise UserError(
+                f"{length} prompt tokens and max_tokens {params.max_tokens} exceed the context of {context};"
+                f" ask for at most {context - length}."
             )
         width = max(params.n, params.num_beams)
         if width > min(self.limits.max_batch_tokens, self.limits.max_num_seqs):
@@ -154,22 +169,12 @@ class Engine:
             )
         pool = self.scheduler.pool
         room = pool.num_blocks // width * pool.block_size
-        if params.max_tokens is None:
-            if len(prompt) >= room:
-                raise UserError(f"the prompt has {len(prompt)} tokens, the cache holds {room}; raise --kv-tokens.")
-            return min(context, room)
-        wanted = len(prompt) + params.max_tokens
-        if wanted > context:
-            raise UserError(
-                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed the context of {context};"
-                f" ask for at most {context - len(prompt)}."
-            )
         if wanted > room:
             raise UserError(
                 f"{width} sequence{'s' * (width > 1)} of {wanted} tokens cannot fit the cache of"
-                f" {pool.num_blocks * pool.block_size} tokens; raise --kv-tokens or lower max_tokens."
+                f" {pool.num_blocks * pool.block_size} tokens; raise --kv-tokens or ask for less."
             )
-        return wanted
+        return min(context, room) if params.max_tokens is None and not score_only else wanted
 
     def _take(self, op: str, value: Any) -> RequestOutput | None:
         if op == "stop":
@@ -191,28 +196,29 @@ class Engine:
         """(what, request id, sequence index, value): all that the step chose, in an order that every rank applies."""
         rows: list[Row] = []
         at: list[int] = []  # row of the logits for each of `rows`
-        owners: list[tuple[Request, Sequence, int]] = []
+        owners: list[tuple[Request, int | None]] = []  # and the index of the sequence that gets the token, if any
         beams: dict[str, list[int]] = {}
         row = 0
         for chunk in batch.chunks:
-            request, seq, count = chunk.request, chunk.sequence, len(chunk.logit_rows)
-            if request.wants_prompt and count:
-                yield self._prompt(chunk, logits[row : row + count])
-            row += count
-            if not chunk.samples:
-                continue
-            if request.has_beams:
+            request, seq = chunk.request, chunk.sequence
+            first, row = row, row + len(chunk.logit_rows)
+            if request.wants_prompt:
+                yield self._prompt(chunk, logits[first:row])
+            if chunk.samples and request.has_beams:
                 beams.setdefault(request.id, []).append(row - 1)
                 continue
-            first = request.sequences.index(seq)
-            width = request.params.n if self._unforked(request) else 1
+            if not chunk.samples:  # looked at all the same: keys and values that are not numbers must not stay
+                rows.append(Row(SamplingParams(), 0, 0))
+                at.append(row - 1)
+                owners.append((request, None))
+                continue
             # Only rows whose logits depend on their tokens pay for the copies.
             prompt, output = (seq.tokens[: seq.prompt_len], seq.output) if request.params.adjusts else ((), ())
-            for index in range(width):
+            for index in range(request.params.n if self._unforked(request) else 1):
                 seed = fork_seed(seq.seed, index)
                 rows.append(Row(request.params, seed, len(seq.tokens), prompt, output, request.stop_ids))
                 at.append(row - 1)
-                owners.append((request, seq, first))
+                owners.append((request, request.sequences.index(seq)))
         if rows:
             plain = at == list(range(len(logits)))
             yield from self._tokens(logits if plain else logits[at], rows, owners)
@@ -225,7 +231,7 @@ class Engine:
                 yield "error", id, 0, str(error)
 
     def _tokens(
-        self, logits: Tensor, rows: list[Row], owners: list[tuple[Request, Sequence, int]]
+        self, logits: Tensor, rows: list[Row], owners: list[tuple[Request, int | None]]
     ) -> Iterator[tuple[str, str, int, Any]]:
         """Sample; requests whose logits are unusable fail alone."""
         try:
@@ -234,23 +240,24 @@ class Engine:
             failed = {owners[i][0].id for i in error.rows}
             for id in failed:
                 yield "error", id, 0, str(error)
-            good = [i for i, owner in enumerate(owners) if owner[0].id not in failed]
+            good = [i for i, (request, _) in enumerate(owners) if request.id not in failed]
             if good:
                 yield from self._tokens(logits[good], [rows[i] for i in good], [owners[i] for i in good])
             return
         grouped: dict[tuple[str, int], list[Sampled]] = {}
-        for (request, _, index), result in zip(owners, sampled, strict=True):
-            grouped.setdefault((request.id, index), []).append(result)
+        for (request, index), result in zip(owners, sampled, strict=True):
+            if index is not None:
+                grouped.setdefault((request.id, index), []).append(result)
         for (id, index), results in grouped.items():
             yield "tokens", id, index, results
 
     def _prompt(self, chunk: Chunk, logits: Tensor) -> tuple[str, str, int, Any]:
-        """Log-probabilities of the prompt tokens that this chunk's logits predict."""
+        """Log-probabilities of the prompt tokens that this chunk's logits predict, but for those known already."""
         request = chunk.request
-        known = len(request.prompt_logprobs)
-        targets = request.prompt[known + 1 : known + 1 + len(logits)]
-        logits = logits[: len(targets)]
-        top = request.params.prompt_logprobs or 0
+        first, known = chunk.start + chunk.logit_rows.start, len(request.prompt_logprobs)
+        targets = request.prompt[known + 1 : first + len(logits) + 1]
+        logits = logits[known - first :][: len(targets)]
+        top = min(request.params.prompt_logprobs or 0, self.limits.vocab_size)
         chosen, ids, levels = token_logprobs(logits, torch.tensor(targets, device=logits.device), top)
         entries = [
             (token, level, list(zip(i, v, strict=True)))
@@ -299,12 +306,13 @@ class Engine:
         if result.logprob is not None:
             seq.logprobs.append((token, result.logprob, result.top or []))
             seq.cumulative_logprob += result.logprob
+        if request.keeps_text and seq.text is None:
+            seq.text = self._text_stream(request.params)
         if token in request.stop_ids:
             seq.finish_reason, seq.stop_reason = "stop", token
-        elif request.keeps_text:
-            if seq.text is None:
-                seq.text = self._text_stream(request.params)
-            if found := seq.text.push(token):
+        elif seq.text is not None:
+            early = len(seq.tokens) - seq.prompt_len <= request.params.min_tokens
+            if found := seq.text.push(token, stops=not early):
                 seq.finish_reason, seq.stop_reason = "stop", found
         if seq.finish_reason is None and len(seq.tokens) >= seq.max_len:
             seq.finish_reason = "length"
@@ -348,7 +356,7 @@ class Engine:
     def _outputs(self, request: Request) -> list[Completion]:
         outputs = []
         for seq in sorted(request.finished, key=lambda seq: seq.index):
-            if isinstance(seq.text, TextStream):
+            if seq.text is not None:
                 if (stop := seq.text.end()) and seq.finish_reason == "length":
                     seq.finish_reason, seq.stop_reason = "stop", stop
                 text = seq.text.text

@@ -35,7 +35,7 @@ class PaddedDecode:
         slots = [c.sequence.blocks[c.start // size] * size + c.start % size for c in chunks]
         slots += [self.spare * size] * padding
         tables = [c.sequence.blocks[: c.start // size + 1] for c in chunks] + [[self.spare]] * padding
-        table = [block for t in tables for block in (*t, *[self.spare] * (self.width - len(t)))]
+        table = [block for t in tables for block in (*t, *t[-1:] * (self.width - len(t)))]
         values = torch.tensor([*ids, *positions, *slots, *table])
         if self.inputs.is_cuda:
             values = values.pin_memory()

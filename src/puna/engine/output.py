@@ -49,13 +49,13 @@ class TextStream:
         self._given = 0
         self.text = ""
 
-    def push(self, token: int) -> str | None:
-        """Add a token; gives the stop string when it completes one."""
-        return self._add(self._stream.push(token))
+    def push(self, token: int, *, stops: bool = True) -> str | None:
+        """Add a token; gives the stop string when it completes one, unless it is too early for that (not `stops`)."""
+        return self._add(self._stream.push(token), stops)
 
     def end(self) -> str | None:
         """The sequence is over: bytes of an unfinished character come out too."""
-        return self._add(self._stream.end())
+        return self._add(self._stream.end(), True)
 
     def take(self, *, over: bool) -> str:
         """The text that has come since the last call and is sure to stay; all of it when the sequence is `over`."""
@@ -64,13 +64,13 @@ class TextStream:
         self._given += len(new)
         return new
 
-    def _add(self, new: str) -> str | None:
+    def _add(self, new: str, stops: bool) -> str | None:
         longest = max(map(len, self._stop), default=0)
         searched = max(0, len(self.text) - longest + 1)
         self.text += new
         found = [(self.text.find(stop, searched), stop) for stop in self._stop]
         hits = [(at, stop) for at, stop in found if at >= 0]
-        if not new or not hits:
+        if not (new and stops and hits):
             return None
         at, stop = min(hits)
         self.text = self.text[: at + (len(stop) if self._include_stop else 0)]

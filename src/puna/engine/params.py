@@ -59,7 +59,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = None  # new tokens; None = up to the context
-    min_tokens: int = 0  # end tokens are banned before this many
+    min_tokens: int = 0  # before so many, end tokens are banned and stop strings overlooked
     n: int = 1  # completions of the prompt
     temperature: float = 0.0  # 0 = greedy
     top_k: int = 0  # 0 (or -1) = off

@@ -50,7 +50,7 @@ class Paged:
     cache: Tensor  # [layers, 2, kv_heads, blocks, block_size, head_dim]
     slots: Tensor  # [N] where each token's key and value go, in positions of the whole cache
     singles: int
-    table: Tensor | slice  # [singles * width] their blocks, short ones filled up with any block
+    table: Tensor | slice  # [singles * width] their blocks, short ones filled up with their own last
     length: int  # keys that they see, <= width * block_size
     mask: Tensor | None  # [singles, 1, 1, length] added to their scores; None when nothing is filled up
     runs: list[Run]
@@ -129,7 +129,7 @@ class EagerRunner:
         length = max(lengths, default=0)
         width = -(-length // size)
         tables = [c.sequence.blocks[:width] for c in singles]
-        table = self._run([block for t in tables for block in (*t, *[0] * (width - len(t)))])
+        table = self._run([block for t in tables for block in (*t, *t[-1:] * (width - len(t)))])
         mask = None
         if min(lengths, default=0) < length:
             mask = length_mask(self._ints(lengths), length, self.cache.dtype)

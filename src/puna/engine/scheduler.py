@@ -24,6 +24,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
+        self.hit_tokens = 0  # that were found in the cache
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -48,14 +49,10 @@ class Scheduler:
                 if victim is request:
                     break
             i += 1
-        while self.waiting and not preempted:
+        while self.waiting and not preempted and batch.num_tokens < self.max_tokens:
             request = self.waiting[0]
-            width = sum(max(r.width, len(r.sequences)) for r in self.running)
-            if batch.num_tokens >= self.max_tokens or width + request.width > max(self.max_sequences, request.width):
-                break
-            before = len(batch.chunks)
-            if not self._admit(request, batch) or len(batch.chunks) == before:
-                self._release(request)
+            full = sum(r.width for r in self.running) + request.width > self.max_sequences
+            if full or not self._admit(request, batch):
                 break
             self.running.append(self.waiting.popleft())
         return batch
@@ -125,7 +122,12 @@ class Scheduler:
                 seq.blocks, seq.serials = self.pool.match(seq.tokens)
                 seq.computed = len(seq.blocks) * self.pool.block_size
         needed = sum(-(-len(seq.tokens) // self.pool.block_size) - len(seq.blocks) for seq in request.sequences)
-        return needed <= self.pool.available and self._place(request, batch)
+        hits, before = sum(seq.computed for seq in request.sequences), batch.num_tokens
+        if needed > self.pool.available or not self._place(request, batch) or batch.num_tokens == before:
+            self._release(request)
+            return False
+        self.hit_tokens += hits
+        return True
 
     def _place(self, request: Request, batch: Batch) -> bool:
         """Add the request's chunks, as the budget allows. False, and nothing happens, when blocks are short."""
@@ -150,7 +152,7 @@ class Scheduler:
                 pool.free([seq.blocks[tail]])
                 seq.blocks[tail] = copy
             seq.blocks.extend(blocks.pop(0) for _ in range(fresh))
-            batch.chunks.append(Chunk(request, seq, seq.computed, count))
+            batch.add(Chunk(request, seq, seq.computed, count))
         return True
 
     def _counts(self, request: Request, budget: int) -> Iterator[tuple[Sequence, int]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from puna.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from puna.engine.output import TextStream
 
 Logprob = tuple[int, float, list[tuple[int, float]]]  # token id, its log-probability, the likeliest (id, logprob)
 
@@ -30,7 +33,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    text: Any = None  # TextStream of the output, where the request keeps one
+    text: TextStream | None = None  # of the output, where the request keeps one
 
     @property
     def pending(self) -> int:
@@ -93,13 +96,14 @@ class Chunk:
 
     @property
     def logit_rows(self) -> range:
-        """Offsets inside the chunk whose logits are needed: they predict wanted prompt tokens, or the next token."""
-        end = self.count if self.samples else 0
+        """Offsets inside the chunk whose logits are needed: those that predict prompt tokens, and always the last.
+
+        The last token sees all that the chunk wrote, so its logits tell whether that is fit for the cache, too.
+        """
+        first = self.count - 1
         if self.request.wants_prompt:
-            known, last = len(self.request.prompt_logprobs), len(self.request.prompt) - 1
-            first = min(max(known - self.start, 0), self.count)
-            return range(first, max(first, end, min(self.count, last - self.start)))
-        return range(self.count - 1, end)
+            first = min(max(len(self.request.prompt_logprobs) - self.start, 0), first)
+        return range(first, self.count)
 
 
 @dataclass(slots=True)
@@ -108,7 +112,8 @@ class Batch:
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    num_tokens: int = 0
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+    def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.num_tokens += chunk.count
