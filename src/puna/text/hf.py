@@ -43,7 +43,8 @@ def read_directory(folder: Path) -> Parts:
     config = read_json(folder / "tokenizer_config.json")
     fast, model = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
-        parts = Parts(_backend(fast), files={"tokenizer.json": read_bytes(fast)})
+        data = read_bytes(fast)
+        parts = Parts(_backend(data, fast), files={"tokenizer.json": data})
         if model.is_file():
             parts.files["tokenizer.model"] = read_bytes(model)
     elif model.is_file():
@@ -60,9 +61,9 @@ def read_directory(folder: Path) -> Parts:
     return parts
 
 
-def _backend(path: Path) -> tokenizers.Tokenizer:
+def _backend(data: bytes, path: Path) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(read_bytes(path).decode())
+        backend = tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises a bare Exception for whatever is wrong in the file
         raise UserError(f"{path} is not a whole tokenizer.json ({error}); fetch it again.") from error
     backend.no_truncation()
