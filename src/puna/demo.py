@@ -29,7 +29,7 @@ STARTS = (
     "In Python, a list is",
     "The sun rises in the",
 )
-INPUT, OUTPUT, BATCHES = (32, 128), 32, (1, 4, 8)
+INPUT, OUTPUT, BATCHES = (32, 128), 32, (1, 8)
 
 
 def run(options: DemoOptions) -> int:
@@ -48,7 +48,7 @@ def run(options: DemoOptions) -> int:
     if model.exists():
         print(f"{model} is there from an earlier run.")
     else:
-        puna.convert.run(ConvertOptions(src=options.model, dst=model, to="hf", dtype="bfloat16"))
+        puna.convert.run(ConvertOptions(src=options.model, dst=model, to="hf"))
     _title("Compare the import with its source", f"puna verify {options.model} {model}")
     if code := puna.verify.run(VerifyOptions(a=options.model, b=str(model))):
         return code
