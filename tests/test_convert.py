@@ -68,7 +68,10 @@ def test_the_manifest_says_where_it_came_from(tiny_checkpoint, tmp_path) -> None
         tokenizer = source.tokenizer()
     assert manifest["tokenizer"]["chat_template_sha256"] == hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
     assert "tokenizer and every tensor, rounded to q8_0, equal" in summary(done)
-    assert str(tmp_path) not in json.dumps(manifest)
+    assert str(tmp_path) not in json.dumps(manifest) and manifest["source"]["name"] == folder.name
+    convert(folder, tmp_path / "cut", "ranks", ranks=2, prove=False)
+    files = convert(tmp_path / "cut/part_model", tmp_path / "merged", prove=False).manifest["source"]["files"]
+    assert "1/model.safetensors" in files and "../tokenizer/tokenizer.json" in files
 
 
 def test_streamed_logits_are_the_models(tiny_checkpoint) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from puna.build import load_model
 from puna.errors import UserError
 from puna.model.attend import causal
 from puna.weights import safetensors
+from puna.weights.files import map_file
 from puna.weights.hf import write_hf
 from puna.weights.source import TensorInfo, open_source
 
@@ -125,6 +127,23 @@ def test_a_slice_reads_only_its_part_of_the_file(tiny_checkpoint) -> None:
                 assert torch.equal(source.read(name, index), tensor[index])
         part = source.read("lm_head.weight", (slice(8, 16),))
         assert part.untyped_storage().nbytes() == (folder / "model.safetensors").stat().st_size  # a view of the file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mapping that reserves no memory is Linux's")
+def test_a_file_may_be_larger_than_the_memory(tmp_path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.seek((1 << 40) - 1)
+        file.write(b"\7")
+    mapped = map_file(tmp_path / "sparse")
+    assert mapped.shape == (1 << 40,) and mapped[-1] == 7
+    mapped[-2] = 3
+    assert map_file(tmp_path / "sparse")[-2] == 0  # a write into a mapping doesn't reach the file
+
+
+def test_a_directory_without_weights_is_said_so(tiny_checkpoint, tmp_path) -> None:
+    shutil.copy(tiny_checkpoint() / "config.json", tmp_path)
+    with pytest.raises(UserError, match="config.json and no weights"):
+        open_source(tmp_path)
 
 
 def test_old_keys_are_dropped_or_found(tiny_checkpoint, tmp_path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import sys
 import time
@@ -24,11 +25,12 @@ from puna.errors import UserError, nearest
 from puna.options import ConvertOptions
 from puna.progress import meter, track
 from puna.weights import proof
+from puna.weights.files import write_json
 from puna.weights.gguf_write import write_gguf
 from puna.weights.hf import MAX_SHARD, write_hf
 from puna.weights.meta import write_meta
 from puna.weights.ranks import write_ranks
-from puna.weights.source import Index, Source, open_source, write_json
+from puna.weights.source import Index, Source, open_source
 from puna.weights.staging import manifest_path, staged
 
 FORMATS = ("hf", "gguf", "meta", "ranks")
@@ -107,7 +109,9 @@ def convert(
                 writers[to](_metered(source, advance), path)
             with open_source(path) as result:
                 proven = _prove(source, result, to, target) if prove else "not asked for"
-                manifest = _manifest(source, result, dtype, proven)
+                # Where it was on this machine is no one else's business; a Hub id or an alias is.
+                name = source.path.resolve().name if Path(src).exists() else str(src)
+                manifest = _manifest(name, source, result, dtype, proven)
                 size = sum(file.stat().st_size for file in result.files)
             write_json(manifest_path(path), manifest)
     return Conversion(dst, size, time.perf_counter() - start, manifest)
@@ -198,7 +202,7 @@ def _q8_0(rows: Tensor) -> Tensor:
     return torch.from_numpy(dequantize(quantize(rows.float().contiguous().numpy(), kind), kind))
 
 
-def _manifest(source: Source, result: Source, dtype: str, proven: dict[str, Any] | str) -> dict[str, Any]:
+def _manifest(name: str, source: Source, result: Source, dtype: str, proven: dict[str, Any] | str) -> dict[str, Any]:
     """What puna.json says of a conversion."""
     total = sum(file.stat().st_size for file in source.files)
     files = track(source.files, "Hashing the source", total=total, unit="B", size=lambda file: file.stat().st_size)
@@ -216,11 +220,11 @@ def _manifest(source: Source, result: Source, dtype: str, proven: dict[str, Any]
     return {
         "puna": _version(),
         "source": {
-            "name": source.path.resolve().name,
+            "name": name,
             "format": source.format,
             "dtype": source.hf_config["torch_dtype"],
             "rope_order": _rope_order(source.format),
-            "files": {str(file.relative_to(base)): _sha256(file) for file in files},
+            "files": {os.path.relpath(file, base): _sha256(file) for file in files},
         },
         "result": {
             "format": result.format,

@@ -18,6 +18,7 @@ from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.text import Tokenizer
 from puna.weights import safetensors, torch_file
+from puna.weights.files import read_json, write_json
 from puna.weights.source import (
     Index,
     Reader,
@@ -26,8 +27,6 @@ from puna.weights.source import (
     cast,
     in_model_order,
     main_dtype,
-    read_json,
-    write_json,
 )
 
 KINDS = ("model.safetensors", "pytorch_model.bin")  # preferred first

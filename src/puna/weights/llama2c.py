@@ -17,6 +17,7 @@ from torch import Tensor
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.text import Tokenizer
+from puna.weights.files import map_file
 from puna.weights.rope_order import is_rotated, read_halves
 from puna.weights.source import Index, Source, TensorInfo, in_model_order
 
@@ -71,7 +72,7 @@ def open_llama2c(path: Path) -> Source:
     starts, end = _starts(config, version, start, skipped)
     if end != size:
         raise UserError(f"{path} is cut off or no llama2.c file: it has {size:,} bytes where its header means {end:,}")
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    data = map_file(path)
     shapes = config.tensors()
 
     def stored(name: str, index: Index | None) -> Tensor:

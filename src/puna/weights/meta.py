@@ -22,10 +22,11 @@ from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.model.plan import TP_PLAN, chunk
 from puna.weights import hf, torch_file
+from puna.weights.files import read_json, write_json
 from puna.weights.meta_params import LLAMA3_VOCAB, config_from, params_from
 from puna.weights.parts import Part, Shape, assemble, side_by_side
 from puna.weights.rope_order import is_rotated, read_halves, to_pairs
-from puna.weights.source import Index, Source, TensorInfo, cast, in_model_order, main_dtype, read_json, write_json
+from puna.weights.source import Index, Source, TensorInfo, cast, in_model_order, main_dtype
 
 OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 LAYER = {

@@ -17,8 +17,9 @@ from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.model.plan import TP_PLAN, check_tp, tp_slice
 from puna.weights import hf
+from puna.weights.files import read_json, write_json
 from puna.weights.parts import Part, Shape, assemble, side_by_side
-from puna.weights.source import Index, Source, TensorInfo, in_model_order, main_dtype, read_json, write_json
+from puna.weights.source import Index, Source, TensorInfo, in_model_order, main_dtype
 
 PARTS, TOKENIZER = "part_model", "tokenizer"
 

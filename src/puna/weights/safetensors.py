@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from puna.errors import UserError
+from puna.weights.files import map_file
 from puna.weights.source import TensorInfo
 
 DTYPES = {
@@ -81,7 +82,7 @@ def open_file(path: Path) -> Mapped:
         tensors[name], starts[name], end = info, end, end + info.nbytes
     if end != size:
         raise UserError(f"{path} is cut off or damaged: it has {size:,} bytes where its header says {end:,}")
-    return Mapped(path, tensors, starts, torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8))
+    return Mapped(path, tensors, starts, map_file(path))
 
 
 def _entry(entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:

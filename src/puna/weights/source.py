@@ -7,7 +7,6 @@ reads weights holds a `Source` and never learns which file a tensor came from.
 from __future__ import annotations
 
 import importlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -99,6 +98,8 @@ def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
                 source.close()
                 raise
             return source
+    if (path / "config.json").exists():
+        raise UserError(f"{path} has a config.json and no weights that puna reads: no .safetensors or .bin files")
     raise UserError(
         f"{path} is no checkpoint that puna reads: that is a directory with config.json and safetensors or .bin"
         " weights, consolidated.*.pth with params.json, part_model/0 and on, a .gguf or a llama2.c .bin file"
@@ -145,23 +146,6 @@ def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     for info in tensors.values():
         sizes[info.dtype] += info.nbytes
     return str(sizes.most_common(1)[0][0] if sizes else torch.float32).removeprefix("torch.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; `UserError` when it is missing or damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it isn't JSON; fetch it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; fetch it again")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -45,7 +45,9 @@ def load_file(path: Path) -> dict[str, Tensor]:
         if error.errno != errno.EINVAL:  # torch seeks to before the beginning of what is left
             raise
         raise UserError(f"{path} is cut off or damaged; fetch it again") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeDecodeError):
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        if "Cannot allocate memory" in str(error):  # torch's mappings reserve memory
+            raise UserError(f"{path} is larger than this machine's memory; get the checkpoint as safetensors") from None
         raise UserError(f"{path} is cut off or damaged; fetch it again") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no dictionary of tensors")
