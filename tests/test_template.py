@@ -104,6 +104,7 @@ def test_the_dialect_is_transformers(chatml, tmp_path):
         CHAT, tools=tools, chat_template=DIALECT, tokenize=False, custom="own", add_generation_prompt=True
     )
     assert says(DIALECT, CHAT, tools=tools, custom="own", eos_token=theirs.eos_token) == expected
+    assert says("{{ documents[0].title }}", documents=[{"title": "T"}]) == "T"
 
 
 def test_parts_of_text_are_joined_and_tool_calls_need_no_content():
@@ -239,6 +240,7 @@ def test_turns_out_of_order_are_refused(name):
     "source, says_what",
     [
         ("{{ raise_exception('Only one turn.') }}", "refused this conversation: Only one turn."),
+        ("{{ raise_exception('two\nlines') }}", "refused this conversation: two lines."),
         ("{% for %}", "not valid Jinja"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ 1 / 0 }}", "division by zero"),

@@ -435,6 +435,12 @@ def broken(made: Path, folder: Path, case: str) -> Any:
             (hf / "tokenizer_config.json").write_text("{")
         case "list config":
             (hf / "tokenizer_config.json").write_text("[]")
+        case "odd config":
+            (hf / "tokenizer_config.json").write_text('{"added_tokens_decoder": [1], "chat_template": [{}]}')
+        case "odd template":
+            (hf / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default"}]}')
+        case "gguf ids":
+            return lambda: Tokenizer.from_gguf(gguf_fields | {"tokenizer.ggml.eos_token_id": "two"})
         case "no files":
             (hf / "tokenizer.json").unlink()
         case "wrong id":
@@ -484,6 +490,9 @@ def broken(made: Path, folder: Path, case: str) -> Any:
         ("cut json", "not a whole tokenizer.json"),
         ("cut config", "not valid JSON"),
         ("list config", "must hold a JSON object"),
+        ("odd config", "settings in .* are malformed"),
+        ("odd template", "settings in .* are malformed"),
+        ("gguf ids", "fields are malformed"),
         ("no files", "neither tokenizer.json nor tokenizer.model"),
         ("wrong id", "disagree on '<x>'"),
         ("cut spm", "not a whole SentencePiece model"),

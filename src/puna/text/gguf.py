@@ -21,6 +21,13 @@ END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 
 def read_gguf(fields: Mapping[str, Any]) -> Parts:
     """Read the metadata of a GGUF file (plain Python values by their full keys)."""
+    try:
+        return _read(fields)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"The GGUF file's tokenizer fields are malformed ({error!r}); fetch it again.") from error
+
+
+def _read(fields: Mapping[str, Any]) -> Parts:
     kind = fields.get(PREFIX + "model")
     tokens = [str(token) for token in _array(fields, "tokens", None)]
     if kind == "llama":

@@ -40,7 +40,13 @@ def read_model(path: Path, config: dict[str, Any] | None = None) -> Parts:
 
 def read_directory(folder: Path) -> Parts:
     """Read a tokenizer from a directory with tokenizer.json, or with tokenizer.model alone."""
-    config = read_json(folder / "tokenizer_config.json")
+    try:
+        return _read(folder, read_json(folder / "tokenizer_config.json"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The tokenizer settings in {folder} are malformed ({error!r}); fetch them again.") from error
+
+
+def _read(folder: Path, config: dict[str, Any]) -> Parts:
     fast, model = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
         data = read_bytes(fast)
@@ -144,15 +150,16 @@ def _set_bos_rule(parts: Parts, config: dict[str, Any]) -> None:
         parts.bos = backend.id_to_token(before[0])
     bos = backend.token_to_id(parts.bos) if parts.bos else None
     eos = backend.token_to_id(parts.eos) if parts.eos else None
-    decided = "add_bos_token" in config or by_class  # then the post-processor in the file counts for nothing
+    said_bos, said_eos = config.get("add_bos_token"), config.get("add_eos_token")
+    decided = said_bos is not None or by_class  # then the post-processor in the file counts for nothing
     if not decided and (before not in ([], [bos]) or after not in ([], [eos])):
         wrong = [backend.id_to_token(index) for index in before + after]
         raise UserError(
             f"tokenizer.json adds {wrong} to every text, but bos_token is {parts.bos!r} and eos_token {parts.eos!r}; "
             "make tokenizer_config.json agree with it."
         )
-    add_bos = config.get("add_bos_token", True if by_class else bool(before))
-    add_eos = config.get("add_eos_token", False if by_class else after == [eos])
+    add_bos = said_bos if said_bos is not None else by_class or bool(before)
+    add_eos = said_eos if said_eos is not None else not decided and after == [eos]
     parts.add_bos, parts.add_eos = bool(add_bos) and bos is not None, bool(add_eos) and eos is not None
     if before != [bos] * parts.add_bos or after != [eos] * parts.add_eos:
         set_ends(parts)

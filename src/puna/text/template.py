@@ -50,13 +50,13 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mappin
     text, size = [], 0
     try:
         sys.settrace(_Clock())
-        for part in template.generate(documents=None, **{**variables, "messages": conversation}):
+        for part in template.generate({"documents": None, **variables, "messages": conversation}):
             size += len(part)
             if size > MAX_TEXT:
                 raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
             text.append(part)
     except Exception as error:  # whatever a template does wrong is the template's or the conversation's fault
-        reason = str(error).strip().rstrip(".") or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"The chat template refused this conversation: {reason}.") from error
     finally:
         sys.settrace(outer)
