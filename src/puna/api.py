@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from puna.errors import UserError, nearest
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
-from puna.parallel.launch import start
+from puna.parallel.launch import serve, start
 from puna.progress import meter
 from puna.text import Tokenizer
 from puna.weights.source import Source, open_source
@@ -126,31 +127,34 @@ class LLM:
         quiet: bool = True,
     ) -> None:
         tp = start(device)
-        where = choose_device(device)
-        generation: dict[str, Any] = {}
-        if weights == "random" and str(model) in PRESETS:
-            self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
-            self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
-        elif weights in ("auto", "random"):
-            with open_source(model, revision=revision) as source:
-                kind = choose_dtype(dtype, source)
-                self.config, generation = source.config, source.generation
-                self.tokenizer = source.tokenizer()
-                if self.tokenizer is not None:
-                    self.tokenizer.check_fits(self.config.vocab_size)
-                    if template is not None:
-                        self.tokenizer = self.tokenizer.with_template(template)
-                if weights == "random":
-                    self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
-                else:
-                    self.model = load_model(source, kind, where, tp=tp, fast=True, quiet=quiet)
-        else:
-            raise UserError(f"weights must be auto or random, not {weights!r}.")
-        self.defaults = SamplingParams.from_generation_config(generation)
-        self.dtype, self.device = kind, where
-        self.max_model_len = _context(self.config, max_model_len)
-        self.model.fix_rope(self.max_model_len)
-        blocks = cache_blocks(self.model, BLOCK_SIZE, self.max_model_len, max_num_seqs, kv_tokens, tp)
+        agree = tp.agree if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
+        with agree():
+            where = choose_device(device)
+            generation: dict[str, Any] = {}
+            if weights == "random" and str(model) in PRESETS:
+                self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
+                self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
+            elif weights in ("auto", "random"):
+                with open_source(model, revision=revision) as source:
+                    kind = choose_dtype(dtype, source)
+                    self.config, generation = source.config, source.generation
+                    self.tokenizer = source.tokenizer()
+                    if self.tokenizer is not None:
+                        self.tokenizer.check_fits(self.config.vocab_size)
+                        if template is not None:
+                            self.tokenizer = self.tokenizer.with_template(template)
+                    if weights == "random":
+                        self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
+                    else:
+                        self.model = load_model(source, kind, where, tp=tp, fast=True, quiet=quiet)
+            else:
+                raise UserError(f"weights must be auto or random, not {weights!r}.")
+            self.defaults = SamplingParams.from_generation_config(generation)
+            self.dtype, self.device = kind, where
+            self.max_model_len = _context(self.config, max_model_len)
+            self.model.fix_rope(self.max_model_len)
+        with agree():
+            blocks = cache_blocks(self.model, BLOCK_SIZE, self.max_model_len, max_num_seqs, kv_tokens, tp)
         self.kv_tokens = blocks * BLOCK_SIZE
         limits = Limits(self.config.vocab_size, self.max_model_len, max_batch_tokens, max_num_seqs)
         self.engine = Engine(
@@ -166,11 +170,10 @@ class LLM:
         self._prompts: dict[str, str] = {}  # texts of unfinished requests
         self._ended: Box = {}  # what `step` is to give
         self._boxes: dict[str, Box] = {}  # where the output of an unfinished request goes instead
-        self._closed = tp is None
+        self._tp = tp
         if tp is not None:
             if tp.rank > 0:
-                self.engine.follow()
-                raise SystemExit(0)
+                serve(self.engine.follow)
             atexit.register(self.close)  # a script that ends without closing must not leave ranks waiting
 
     def __enter__(self) -> LLM:
@@ -181,9 +184,9 @@ class LLM:
 
     def close(self) -> None:
         """Release the other ranks."""
-        if not self._closed:
-            self._closed = True
+        if self._tp is not None and not self._tp.broken:
             self.engine.stop()
+        self._tp = None
 
     # One request at a time
 
@@ -206,7 +209,13 @@ class LLM:
 
     def _advance(self) -> None:
         """A step of the engine. Several callers may take turns in this: each output goes to whose request it was."""
-        for out in self.engine.step():
+        try:
+            done = self.engine.step()
+        except BaseException:
+            if self._tp is not None:
+                self._tp.broken = True
+            raise
+        for out in done:
             out.prompt = self._prompts.pop(out.id, None)
             self._boxes.pop(out.id, self._ended)[out.id] = out
 

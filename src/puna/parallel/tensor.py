@@ -5,6 +5,10 @@ Two all-reduces a layer (after attention and after the MLP), one after the embed
 
 from __future__ import annotations
 
+import pickle
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,36 +16,104 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from puna.errors import UserError
 from puna.model.llama import MLP, Attention, Embedding, Llama
 from puna.model.plan import check_tp, chunk, tp_slice
 
+MESSAGE = 8192  # bytes that `share` sends at once: the tokens of some hundred sequences
 
-@dataclass(frozen=True)
+
+class RankLost(UserError):
+    """A collective failed, as it does when another rank has ended."""
+
+
+@dataclass
 class TensorParallel:
-    """This process's place among the ranks. Tensors go through `group`, Python objects through `control`."""
+    """This process's place among the ranks. Tensors go through `group`, Python objects through `control`.
+
+    Every method but `leave` is a collective: all ranks call it, in the same order.
+    """
 
     rank: int
     size: int
     group: dist.ProcessGroup
     control: dist.ProcessGroup
+    broken: bool = False  # a step was left half way: the ranks no longer agree on what comes next
 
     def reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks."""
+        """The sum of x over the ranks; x is overwritten."""
         x = x.contiguous()
-        dist.all_reduce(x, group=self.group)
+        self._run(dist.all_reduce, x, group=self.group)
         return x
 
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's x, which all have the same shape."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._run(dist.all_gather, parts, x.contiguous(), group=self.group)
+        return parts
+
     def share(self, value: Any) -> Any:
-        """Rank 0's value; what the others give is ignored."""
-        box = [value if self.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return value if self.rank == 0 else box[0]
+        """Rank 0's value; what the others give is ignored.
+
+        The ranks wait for this twice a step: one broadcast, where torch's `broadcast_object_list` makes two, as
+        long as the pickle fits into MESSAGE bytes.
+        """
+        if self.broken:
+            raise UserError("the other ranks are gone, since a step was broken off; start the script again.")
+        data = pickle.dumps(value) if self.rank == 0 else b""
+        message = bytearray(struct.pack("<q", len(data)) + data).ljust(MESSAGE)
+        first, rest = message[:MESSAGE], message[MESSAGE:]
+        self._broadcast(first)
+        (size,) = struct.unpack_from("<q", first)
+        if size + 8 > MESSAGE:
+            rest = rest or bytearray(size + 8 - MESSAGE)
+            self._broadcast(rest)
+        return value if self.rank == 0 else pickle.loads((first + rest)[8 : 8 + size])
 
     def least(self, value: int) -> int:
         """The smallest value that a rank gives."""
         box = torch.tensor(value)
-        dist.all_reduce(box, dist.ReduceOp.MIN, group=self.control)
+        self._run(dist.all_reduce, box, dist.ReduceOp.MIN, group=self.control)
         return int(box)
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """What one rank cannot do, none goes on with: rank 0 raises the UserError of any, the others end in silence.
+
+        Inside it, all ranks or none come to a collective.
+        """
+        mine = None
+        try:
+            yield
+        except UserError as error:
+            mine = error
+        words: list[str | None] = [None] * self.size
+        self._run(dist.all_gather_object, words, str(mine) if mine else None, group=self.control)
+        failed = next((rank for rank, word in enumerate(words) if word is not None), None)
+        if failed is not None:
+            if self.rank > 0:
+                raise SystemExit(0)
+            raise mine or UserError(f"rank {failed}: {words[failed]}")
+
+    def leave(self) -> None:
+        """At the end of the process: gloo's threads must not outlive the interpreter.
+
+        After a step was broken off NCCL would wait here for ranks that wait for this one; the end of the process frees
+        both.
+        """
+        if not self.broken or dist.get_backend(self.group) == "gloo":
+            dist.destroy_process_group()
+
+    def _broadcast(self, data: bytearray) -> None:
+        """Rank 0's bytes into those of the others."""
+        self._run(dist.broadcast, torch.frombuffer(data, dtype=torch.uint8), 0, group=self.control)
+
+    def _run(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            collective(*args, **kwargs)
+        except RuntimeError as error:
+            self.broken = True
+            raise RankLost("another rank has ended; its own message or torchrun's report says why.") from error
 
 
 def split(model: Llama, tp: TensorParallel) -> None:
@@ -65,9 +137,6 @@ def split(model: Llama, tp: TensorParallel) -> None:
 
 
 def gather_vocab(logits: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
-    """Logits [..., local vocab] -> [..., vocab]; the last ranks' parts may be shorter."""
+    """Logits [..., local vocab] -> [..., vocab]. The last ranks' parts are short when the vocabulary doesn't divide."""
     step = -(-vocab_size // tp.size)
-    padded = nn.functional.pad(logits, (0, step - logits.shape[-1])).contiguous()
-    parts = [torch.empty_like(padded) for _ in range(tp.size)]
-    dist.all_gather(parts, padded, group=tp.group)
-    return torch.cat(parts, -1)[..., :vocab_size]
+    return torch.cat(tp.gather(nn.functional.pad(logits, (0, step - logits.shape[-1]))), -1)[..., :vocab_size]
