@@ -126,6 +126,10 @@ def test_a_slice_reads_only_its_part_of_the_file(tiny_checkpoint) -> None:
                 index = tuple(slice(*sorted(torch.randint(n + 1, (2,)).tolist())) for n in tensor.shape)
                 assert torch.equal(source.read(name, index), tensor[index])
         part = source.read("lm_head.weight", (slice(8, 16),))
+        source.close()
+        with pytest.raises(ValueError, match="closed"):
+            source.read("lm_head.weight")
+        assert torch.equal(part, state_of(folder)["lm_head.weight"][8:16])
         assert part.untyped_storage().nbytes() == (folder / "model.safetensors").stat().st_size  # a view of the file
 
 

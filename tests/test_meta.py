@@ -178,19 +178,25 @@ def test_params_of_the_published_models(name) -> None:
         assert back == config
 
 
-GENERATIONS = [("llama2", 32000, [1, 15043]), pytest.param("llama3", 128256, [128000, 9906], marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize(("family", "vocab", "ids"), GENERATIONS)
-def test_the_tokenizer_file_goes_along(tiny_checkpoint, shared_data, tmp_path, family, vocab, ids) -> None:
-    folder = tiny_checkpoint(vocab_size=vocab, num_hidden_layers=1)
-    meta = as_meta(state_of(folder), tmp_path / "meta", 1, n_layers=1, vocab_size=vocab)
-    shutil.copy(shared_data / "tokenizers" / family / "tokenizer.model", meta)
+def test_the_tokenizer_file_goes_along(tiny_checkpoint, shared_data, tmp_path) -> None:
+    folder = tiny_checkpoint(vocab_size=32000, num_hidden_layers=1)
+    meta = as_meta(state_of(folder), tmp_path / "meta", 1, n_layers=1, vocab_size=32000)
+    shutil.copy(shared_data / "tokenizers/llama2/tokenizer.model", meta)
     with open_source(meta) as source:
-        assert source.tokenizer().encode("Hello") == ids
+        assert source.tokenizer().encode("Hello") == [1, 15043]
     convert(meta, tmp_path / "hf", "hf", prove=False)
     convert(tmp_path / "hf", tmp_path / "back", "meta", prove=False)
     assert (meta / "tokenizer.model").read_bytes() == (tmp_path / "back/tokenizer.model").read_bytes()
+
+
+@pytest.mark.slow
+def test_llama3s_tokenizer_file_is_told_from_llama2s(tiny_checkpoint, shared_data, tmp_path) -> None:
+    folder = tiny_checkpoint(vocab_size=128256, num_hidden_layers=1)
+    meta = as_meta(state_of(folder), tmp_path / "meta", 1, n_layers=1, vocab_size=128256)
+    shutil.copy(shared_data / "tokenizers/llama3/tokenizer.model", meta)
+    with open_source(meta) as source:
+        assert source.tokenizer().encode("Hello") == [128000, 9906]
+        assert set(source.tokenizer().stop_ids) >= {128001, 128009}
 
 
 def test_what_the_layout_cannot_hold_is_refused_by_name(tiny_checkpoint, tmp_path) -> None:

@@ -6,6 +6,7 @@ reads weights holds a `Source` and never learns which file a tensor came from.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -59,7 +60,9 @@ class Source:
     details: dict[str, Any]
     reader: Reader
     load_tokenizer: Callable[[], Tokenizer | None]
-    on_close: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.load_tokenizer = functools.cache(self.load_tokenizer)  # reading a vocabulary of 128k takes seconds
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
         """The tensor on the CPU, or `tensor[index]` of it. May be a view of a mapped file: don't write into it."""
@@ -72,13 +75,18 @@ class Source:
         return self.load_tokenizer()
 
     def close(self) -> None:
-        self.on_close()
+        """Lets go of the mapped files; what was read stays."""
+        self.reader = _closed
 
     def __enter__(self) -> Source:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _closed(name: str, index: Index | None) -> torch.Tensor:
+    raise ValueError(f"{name} is read from a checkpoint that was closed")
 
 
 def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
@@ -92,11 +100,7 @@ def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
         module = importlib.import_module(f"puna.weights.{name}")
         if module.detect(path):
             source: Source = getattr(module, f"open_{name}")(path)
-            try:
-                check_tensors(source)
-            except BaseException:
-                source.close()
-                raise
+            check_tensors(source)
             return source
     if (path / "config.json").exists():
         raise UserError(f"{path} has a config.json and no weights that puna reads: no .safetensors or .bin files")
