@@ -119,4 +119,6 @@ def test_only_the_first_rank_speaks():
     done = puna("--help", env=os.environ | {"RANK": "1"})
     assert done.returncode == 0 and not done.stdout
     done = puna("chatt", env=os.environ | {"RANK": "1"})
-    assert done.returncode == 2 and done.stderr.startswith("puna (rank 1): ")
+    assert done.returncode == 2 and done.stderr.startswith("puna (rank 1): ")  # the first one of its machine
+    done = puna("chatt", env=os.environ | {"RANK": "1", "LOCAL_RANK": "1"})
+    assert done.returncode == 2 and not done.stderr

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -36,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     rank = os.environ.get("RANK", "0")
-    name = "puna" if rank == "0" else f"puna (rank {rank})"
-    if rank != "0":  # under torchrun all ranks compute, one speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+    name, errors = ("puna" if rank == "0" else f"puna (rank {rank})"), sys.stderr
+    if rank != "0":  # under torchrun all ranks compute, one speaks; the others have errors of their own to tell at most
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     trace = bool(os.environ.get("PUNA_TRACEBACK"))
     if "--traceback" in words:
         words.remove("--traceback")
@@ -51,19 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+        print("puna: stopped", file=sys.stderr)
         return 130
     except Exception as error:
         if trace:
-            traceback.print_exc()
+            traceback.print_exc(file=errors)
+        if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            # This machine's first rank says the same: until it has, don't let torchrun end it because this one ended.
+            time.sleep(1)
+            return 2
         sentence = _users_own(error)
         if sentence:
-            print(f"{name}: {sentence}", file=sys.stderr)
+            print(f"{name}: {sentence}", file=errors)
             return 2
         print(
             f"{name}: internal error, {type(error).__name__}: {str(error).strip() or 'no message'}"
             + ("" if trace else " (PUNA_TRACEBACK=1 shows where; please report it)"),
-            file=sys.stderr,
+            file=errors,
         )
         return 1
 
@@ -95,8 +101,11 @@ def _run(words: list[str]) -> int:
         chosen: Any = config.parse(verb, kind, rest)
     except SystemExit:  # --help and --print-config have printed what was asked for
         return 0
-    module, function = place.split(":")
-    return getattr(import_module(module), function)(chosen) or 0
+    module, name = place.split(":")
+    function = getattr(import_module(module), name)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # `__main__` has its own until here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return function(chosen) or 0
 
 
 def _overview(group: str = "") -> str:
