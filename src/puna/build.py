@@ -94,7 +94,7 @@ def _build(
     if fast:
         fuse(model)
         if torch.device(device).type == "cpu":
-            pack(model, dtype)
+            pack(model, dtype, notes=tp is None or tp.rank == 0)
     return model.eval().requires_grad_(False)
 
 
@@ -117,7 +117,7 @@ def _load(
 
 
 def fuse(model: Llama) -> None:
-    """Merge q, k, v and gate, up into one product each. For inference; after the split, so that shards are whole heads."""
+    """Merge q, k, v and gate, up into one product each. For inference, after the split: shards are whole heads."""
     for module in model.modules():
         if isinstance(module, Attention) and module.qkv_proj is None:
             module.qkv_proj = _concat(module.q_proj, module.k_proj, module.v_proj)
@@ -136,10 +136,10 @@ def _concat(*parts: Linear) -> Linear:
     return fused
 
 
-def pack(model: Llama, dtype: torch.dtype) -> None:
+def pack(model: Llama, dtype: torch.dtype, *, notes: bool = True) -> None:
     """Give every linear layer its packed form and let the plain weight go. Says so where the machine has none."""
     if not packed_works(dtype):
-        if dtype == torch.bfloat16:
+        if notes and dtype == torch.bfloat16:
             print("note: no packed bfloat16 products on this CPU; plain ones run, more slowly.", file=sys.stderr)
         return
     for module in model.modules():
