@@ -9,14 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from puna.api import LLM
+from puna.engine.params import SamplingParams
 from puna.errors import UserError, nearest
 from puna.options import ChatOptions, loading, sampling
-
-if TYPE_CHECKING:
-    from puna.api import LLM
-    from puna.engine.params import SamplingParams
 
 Message = dict[str, str]
 LEAVE, START_OVER = ("q", "quit", "exit"), ("clear", "new")
@@ -29,8 +26,6 @@ COMMANDS = (*LEAVE, *START_OVER, "system", "help")
 
 def run(options: ChatOptions) -> int:
     """Talks until the user leaves or the input ends."""
-    from puna.api import LLM
-
     given = sampling(options)
     for name in ("n", "num_beams", "logprobs", "prompt_logprobs"):
         if name in given:

@@ -11,12 +11,13 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from puna import convert, verify
+from puna.api import LLM
+from puna.bench.latency import PANELS, read_bandwidth, time_grid
+from puna.bench.report import plot, replace_with, table
 from puna.options import ConvertOptions, DemoOptions, VerifyOptions
-
-if TYPE_CHECKING:
-    from puna.api import LLM
+from puna.weights.hub import pull
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Write one sentence about llamas.")
 STARTS = (
@@ -34,11 +35,6 @@ INPUT, OUTPUT, BATCHES = (32, 128), 32, (1, 8)
 
 def run(options: DemoOptions) -> int:
     """Runs every step; files go to `options.out`."""
-    import puna.convert
-    import puna.verify
-    from puna.api import LLM
-    from puna.weights.hub import pull
-
     start, model = time.perf_counter(), options.out / "smollm2"
     options.out.mkdir(parents=True, exist_ok=True)
     pull(options.model)
@@ -48,9 +44,9 @@ def run(options: DemoOptions) -> int:
     if model.exists():
         print(f"{model} is there from an earlier run.")
     else:
-        puna.convert.run(ConvertOptions(src=options.model, dst=model, to="hf"))
+        convert.run(ConvertOptions(src=options.model, dst=model, to="hf"))
     _title("Compare the import with its source", f"puna verify {options.model} {model}")
-    if code := puna.verify.run(VerifyOptions(a=options.model, b=str(model))):
+    if code := verify.run(VerifyOptions(a=options.model, b=str(model))):
         return code
     with LLM(model, quiet=False) as llm:
         _title("Chat", f"puna chat {model} --max-tokens 64")
@@ -108,9 +104,6 @@ def _batch(llm: LLM, folder: Path) -> None:
 
 
 def _time(llm: LLM, path: Path) -> None:
-    from puna.bench.latency import PANELS, read_bandwidth, time_grid
-    from puna.bench.report import plot, replace_with, table
-
     shapes = list(product(INPUT, (OUTPUT,), BATCHES))
     rows = time_grid(llm, shapes, read_bandwidth(llm.device), 0, 1)
     print(table(rows))

@@ -16,23 +16,21 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
+from puna.api import LLM
 from puna.config import convert_all
+from puna.engine.output import Logprob, RequestOutput
+from puna.engine.params import SamplingParams
 from puna.errors import UserError
 from puna.options import GenerateOptions, SamplingOptions, loading, sampling
 from puna.progress import meter
-
-if TYPE_CHECKING:
-    from puna.api import LLM
-    from puna.engine.output import Logprob, RequestOutput
-    from puna.engine.params import SamplingParams
-    from puna.text import Tokenizer
+from puna.text import Tokenizer
 
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
 SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 Record = dict[str, Any]
-Load = Callable[[], "tuple[LLM, SamplingParams]"]
+Load = Callable[[], tuple[LLM, SamplingParams]]
 
 
 @dataclass
@@ -56,8 +54,6 @@ def run(options: GenerateOptions) -> int:
 
         @cache
         def load() -> tuple[LLM, SamplingParams]:
-            from puna.api import LLM
-
             llm = stack.enter_context(LLM(**loading(options)))
             return llm, llm.defaults.merged(given)
 

@@ -12,15 +12,15 @@ import random
 import time
 from itertools import product
 from statistics import median
-from typing import TYPE_CHECKING
 
+import torch
+
+from puna.api import LLM
 from puna.bench.report import Row, publish
+from puna.engine.params import SamplingParams
 from puna.errors import UserError
 from puna.options import BenchOptions, LatencyOptions, loading
 from puna.progress import meter
-
-if TYPE_CHECKING:
-    from puna.api import LLM
 
 PANELS = (("first_ms", "first token, ms"), ("per_token_ms", "each token after it, ms"), ("decode_tok_s", "tokens/s"))
 
@@ -57,8 +57,6 @@ def time_grid(llm: LLM, shapes: list[Shape], bandwidth: float, warmup: int, repe
 
 def load(options: BenchOptions, longest: int) -> LLM:
     """The model, sure to hold requests of `longest` tokens."""
-    from puna.api import LLM
-
     if min(*options.input_len, *options.output_len, *options.batch_size) < 1:
         raise UserError("lengths and batch sizes must be 1 or more")
     wanted = loading(options) | {"seed": options.seed, "max_num_seqs": max(options.max_num_seqs, *options.batch_size)}
@@ -77,8 +75,6 @@ def measure(llm: LLM, input_len: int, output_len: int, batch: int, rng: random.R
 
 
 def _timed(llm: LLM, input_len: int, output_len: int, batch: int, rng: random.Random) -> float:
-    from puna.engine.params import SamplingParams
-
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     prompts = [random_prompt(llm, input_len, rng) for _ in range(batch)]
     start = time.perf_counter()
@@ -127,8 +123,6 @@ def step_bytes(llm: LLM, batch: int, context: float) -> float:
 
 def read_bandwidth(device: str) -> float:
     """Bytes per second that summing a large tensor reaches on the device: what a memory-bound step could."""
-    import torch
-
     data = torch.ones(2**29 if device.startswith("cuda") else 2**26, device=device)
     best = float("inf")
     for _ in range(6):

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from puna.options import BenchOptions
 
 Row = dict[str, Any]
@@ -61,8 +63,6 @@ def plot(rows: Sequence[Row], panels: Sequence[Panel], title: str, path: Path) -
 
 def machine() -> Row:
     """What the numbers were measured on."""
-    import torch
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),

@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from puna.api import LLM
 from puna.bench.latency import load, random_prompt
 from puna.bench.report import Row, publish
+from puna.engine.params import SamplingParams
 from puna.errors import UserError
 from puna.options import ThroughputOptions
 from puna.progress import meter
-
-if TYPE_CHECKING:
-    from puna.api import LLM
 
 PANELS = (("output_tok_s", "generated tokens/s"), ("p50_s", "median latency, s"), ("p99_s", "99th percentile, s"))
 SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048  # tokens; vLLM's filter of ShareGPT, so that numbers compare
@@ -60,8 +59,6 @@ def serve(llm: LLM, requests: list[Lengths], batch: int, rng: random.Random) -> 
 
     Prompts are random tokens of the given lengths, so that none finds its prefix in the cache.
     """
-    from puna.engine.params import SamplingParams
-
     waiting = [(random_prompt(llm, length, rng), tokens) for length, tokens in reversed(requests)]
     started: dict[str, float] = {}
     latencies = []
