@@ -251,5 +251,6 @@ def test_bad_files_are_refused(tiny_checkpoint, tmp_path) -> None:
     said = json.loads((tiny_checkpoint() / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(said))
     open_source(folder).close()
-    (folder / "config.json").write_text(json.dumps(said | {"rope_theta": 1e6}))
-    refused("disagree on rope_theta")
+    for key, value in (("rope_theta", 1e6), ("tie_word_embeddings", True)):
+        (folder / "config.json").write_text(json.dumps(said | {key: value}))
+        refused(f"disagree on {key}")

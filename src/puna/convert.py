@@ -110,7 +110,7 @@ def convert(
             with open_source(path) as result:
                 proven = _prove(source, result, to, target) if prove else "not asked for"
                 # Where it was on this machine is no one else's business; a Hub id or an alias is.
-                name = source.path.resolve().name if Path(src).exists() else str(src)
+                name = source.path.resolve().name if Path(src).expanduser().exists() else str(src)
                 manifest = _manifest(name, source, result, dtype, proven)
                 size = sum(file.stat().st_size for file in result.files)
             write_json(manifest_path(path), manifest)

@@ -74,9 +74,7 @@ def open_meta(path: Path) -> Source:
         return assemble(shape, tensors[name].dtype, parts, index)
 
     said = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    tied = said.get("tie_word_embeddings")
-    if tied is None:
-        tied = _tied(tensors, stored)
+    tied = _tied(tensors, stored) if said.get("tie_word_embeddings") in (None, True) else False
     hf_config = config_from(params, vocab_size=tensors[hf.EMBEDDING].shape[0], tied=tied)
     config = ModelConfig.from_hf(hf_config)
     if said:
@@ -134,7 +132,7 @@ def write_meta(source: Source, dst: Path, dtype: torch.dtype | None = None, *, s
             state[_meta_name(name)] = part.clone(memory_format=torch.contiguous_format)
         if config.tie_word_embeddings:
             rows = source.read(hf.EMBEDDING, (chunk(config.vocab_size, rank, shards),))
-            state["output.weight"] = rows.to(state["norm.weight"].dtype, copy=True)
+            state["output.weight"] = rows.to(state["tok_embeddings.weight"].dtype, copy=True)
         torch_file.save_file(state, dst / f"consolidated.{rank:02d}.pth")
     tensors = {name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()}
     write_json(dst / "params.json", params)
