@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import shutil
@@ -163,6 +164,25 @@ def test_the_files_of_a_family_are_one_tokenizer(shared_data):
     assert model.fingerprint() == fast.fingerprint() == Tokenizer.from_gguf(fast.to_gguf()).fingerprint()
 
 
+# What llama.cpp's convert_hf_to_gguf.py tells tokenizers apart by: sha256 of the ids of this text.
+PROBE = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
+    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+
+
+def probe_hash(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(str(tokenizer.encode(PROBE)).encode()).hexdigest()
+
+
+def test_llama3_has_the_hash_that_llama_cpp_knows(shared_data):
+    for path in ("tokenizers/llama3", "tokenizers/llama3/tokenizer.model"):
+        tokenizer = Tokenizer.load(shared_data / path)
+        assert probe_hash(tokenizer) == "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5"
+
+
 @pytest.mark.slow
 def test_smollm2(smollm2):
     tokenizer = Tokenizer.from_gguf(fields_of(smollm2))
@@ -170,6 +190,7 @@ def test_smollm2(smollm2):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (1, 2, False, (2,))
     assert tokenizer.vocab_size == 49152
     assert tokenizer.to_gguf()["tokenizer.ggml.pre"] == "smollm"
+    assert probe_hash(tokenizer) == "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249"
     ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     assert ids[:3] == [1, 9690, 198]
     assert tokenizer.decode(ids, skip_special=False).endswith("of France?<|im_end|>\n<|im_start|>assistant\n")
@@ -514,6 +535,15 @@ def test_bad_files_are_refused_in_one_sentence(made, tmp_path, case, says):
     with pytest.raises(UserError, match=says) as caught:
         broken(made, tmp_path, case)()
     assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_of_another_family_is_refused_at_once(made, tmp_path):
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    backend = Backend.from_file(str(tmp_path / "hf/tokenizer.json"))
+    backend.decoder = decoders.WordPiece()
+    backend.save(str(tmp_path / "hf/tokenizer.json"))
+    with pytest.raises(UserError, match="decoder .WordPiece. is not one"):
+        Tokenizer.load(tmp_path / "hf")
 
 
 def test_bad_requests_are_refused(made):

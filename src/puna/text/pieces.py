@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from functools import cached_property
 
 import tokenizers
 
@@ -12,41 +13,45 @@ from puna.text.bpe import BYTES
 from puna.text.parts import flatten
 from puna.text.spm import BYTE_PIECE
 
+SPACES = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # what SentencePiece vocabularies decode by
+
 
 class Pieces:
     """The bytes of every token of a backend. `strips`: one leading space of the whole text is not part of it."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         steps = flatten(backend.decoder, "decoders")
-        kinds = {step["type"] for step in steps}
-        byte_level = kinds == {"ByteLevel"}
-        if not byte_level and (not kinds or kinds - {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}):
-            raise UserError(
-                f"The tokenizer's decoder ({', '.join(sorted(kinds)) or 'none'}) is not one that LLaMA models use."
-            )
-        replaced = {"▁": " "} if "Metaspace" in kinds else {}
-        for step in steps:
-            if step["type"] == "Replace":
-                replaced[step["pattern"]["String"]] = step["content"]
-        self.strips = "Strip" in kinds or any(
+        self._kinds = {"Regex" if "Regex" in step.get("pattern", ()) else step["type"] for step in steps}
+        if self._kinds != {"ByteLevel"} and (not self._kinds or self._kinds - SPACES):
+            named = ", ".join(sorted(self._kinds)) or "none"
+            raise UserError(f"The tokenizer's decoder ({named}) is not one that LLaMA models use.")
+        self._replaced = {"▁": " "} if "Metaspace" in self._kinds else {}
+        self._replaced |= {step["pattern"]["String"]: step["content"] for step in steps if step["type"] == "Replace"}
+        self.strips = "Strip" in self._kinds or any(
             step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps
         )
         added = backend.get_added_tokens_decoder()
         self.special = frozenset(index for index, token in added.items() if token.special)
-        self.bytes: dict[int, bytes] = {}
-        for text, index in backend.get_vocab(with_added_tokens=True).items():
-            if byte_level and index not in added:
-                self.bytes[index] = bytes(BYTES[letter] for letter in text if letter in BYTES)
-            elif "ByteFallback" in kinds and BYTE_PIECE.fullmatch(text):
-                self.bytes[index] = bytes([int(text[3:5], 16)])
-            else:
-                for old, new in replaced.items():
-                    text = text.replace(old, new)
-                self.bytes[index] = text.encode()
+        self._added, self._backend = frozenset(added), backend
+
+    @cached_property
+    def table(self) -> dict[int, bytes]:
+        """The bytes by id; built when first needed, for a vocabulary of 128k takes some tenths of a second."""
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        return {index: self._spell(index, text) for text, index in vocab.items()}
+
+    def _spell(self, index: int, text: str) -> bytes:
+        if "ByteLevel" in self._kinds and index not in self._added:
+            return bytes(BYTES[letter] for letter in text if letter in BYTES)
+        if "ByteFallback" in self._kinds and BYTE_PIECE.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        for old, new in self._replaced.items():
+            text = text.replace(old, new)
+        return text.encode()
 
     def join(self, ids: Iterable[int], *, skip_special: bool) -> str:
         skip = self.special if skip_special else frozenset()
-        text = b"".join(self.bytes.get(index, b"") for index in ids if index not in skip).decode("utf-8", "replace")
+        text = b"".join(self.table.get(index, b"") for index in ids if index not in skip).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.strips else text
 
 
@@ -66,7 +71,7 @@ class Stream:
     def push(self, token: int) -> str:
         if token in self._skip:
             return ""
-        return self._out(self._decoder.decode(self._pieces.bytes.get(token, b"")))
+        return self._out(self._decoder.decode(self._pieces.table.get(token, b"")))
 
     def end(self) -> str:
         return self._out(self._decoder.decode(b"", final=True))

@@ -236,7 +236,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             return _bounded(lambda text, values: text % values, "%")(left, right)
         return _sized(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kw: Any) -> Any:  # noqa: N805 - as jinja2 declares it
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kw: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):

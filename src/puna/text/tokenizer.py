@@ -37,6 +37,7 @@ class Tokenizer:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._backend = parts.backend
+        self._pieces = Pieces(parts.backend)
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(self._id, (parts.bos, parts.eos, parts.unk, parts.pad))
         self.add_bos, self.add_eos = parts.add_bos, parts.add_eos
         self.template_name = parts.template_name if parts.templates else None
@@ -143,10 +144,6 @@ class Tokenizer:
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
-
-    @cached_property
-    def _pieces(self) -> Pieces:
-        return Pieces(self._backend)
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
