@@ -24,23 +24,23 @@ TP_PLAN: dict[str, str] = {
 
 
 def chunk(total: int, rank: int, size: int) -> slice:
-    """Rank `rank`'s part of `total` items cut into `size` parts of ceil(total / size); the last ones may be shorter."""
-    step = -(-total // size)
-    return slice(min(rank * step, total), min((rank + 1) * step, total))
+    """Rank `rank`'s part of `total` items in `size` parts that differ by one at most, the larger ones first."""
+    part, more = divmod(total, size)
+    start = rank * part + min(rank, more)
+    return slice(start, start + part + (rank < more))
 
 
 def check_tp(config: ModelConfig, size: int) -> None:
     """Raises UserError when the model cannot be split over `size` ranks."""
-    heads, kv, ffn = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    if heads % size:
-        options = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0)]
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    sizes = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0)]
+    if size not in sizes:
         raise UserError(
-            f"{heads} attention heads cannot be split over {size} ranks; use one of {', '.join(map(str, options))}."
+            f"{heads} attention heads and {kv} key/value heads cannot be split over {size} ranks;"
+            f" use one of {', '.join(map(str, sizes))}."
         )
-    if kv % size and size % kv:
-        raise UserError(f"{kv} key/value heads can neither be split over nor replicated to {size} ranks.")
-    if ffn % size:
-        raise UserError(f"intermediate_size {ffn} cannot be split over {size} ranks.")
+    if min(config.intermediate_size, config.vocab_size) < size:
+        raise UserError(f"this model is too small for {size} ranks; use fewer.")
 
 
 def tp_slice(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, size: int) -> tuple[slice, ...]:

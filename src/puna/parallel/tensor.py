@@ -137,6 +137,8 @@ def split(model: Llama, tp: TensorParallel) -> None:
 
 
 def gather_vocab(logits: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
-    """Logits [..., local vocab] -> [..., vocab]. The last ranks' parts are short when the vocabulary doesn't divide."""
-    step = -(-vocab_size // tp.size)
-    return torch.cat(tp.gather(nn.functional.pad(logits, (0, step - logits.shape[-1]))), -1)[..., :vocab_size]
+    """Logits [..., local vocab] -> [..., vocab]. Parts travel in one size; the last ones may be one shorter."""
+    parts = [chunk(vocab_size, rank, tp.size) for rank in range(tp.size)]
+    lengths = [part.stop - part.start for part in parts]
+    gathered = tp.gather(nn.functional.pad(logits, (0, lengths[0] - lengths[tp.rank])))
+    return torch.cat([part[..., :length] for part, length in zip(gathered, lengths, strict=True)], -1)
