@@ -1,6 +1,7 @@
 """The command line as a whole: quick help without torch, exit codes, one sentence and never a traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,3 +123,17 @@ def test_only_the_first_rank_speaks():
     assert done.returncode == 2 and done.stderr.startswith("puna (rank 1): ")  # the first one of its machine
     done = puna("chatt", env=os.environ | {"RANK": "1", "LOCAL_RANK": "1"})
     assert done.returncode == 2 and not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["importing", "generating"])
+def test_ctrl_c_in_a_process(tiny_checkpoint, when):
+    command = [*PUNA, "generate", str(tiny_checkpoint(max_position_embeddings=100_000)), "x", "--max-tokens", "90000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if when == "importing":
+        time.sleep(0.4)
+    else:
+        assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.decode().endswith("puna: stopped\n") and b"Traceback" not in err
