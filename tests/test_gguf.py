@@ -318,6 +318,7 @@ def edited(tmp_path: Path, **changes) -> Path:
     ({"llama__rope__dimension_count": 4}, "rope.dimension_count = 4"),
     ({"llama__rope__scaling__type": "longrope"}, "rope scaling .longrope."),
     ({"llama__embedding_length": 48}, "doesn't fit its config"),
+    ({"llama__block_count": 2**32 - 1}, "4,294,967,295 layers and holds 12 tensors"),
     ({"llama__block_count": 2}, "is missing model.layers.1."),
 ])  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name(changes, said, tmp_path):

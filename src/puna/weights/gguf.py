@@ -15,7 +15,7 @@ from puna.model.config import ModelConfig
 from puna.weights.gguf_file import GGUFTensor, is_gguf, read_gguf
 from puna.weights.gguf_map import config_from, hf_name, unpadded
 from puna.weights.rope_order import is_rotated, to_halves
-from puna.weights.source import Index, Source, TensorInfo
+from puna.weights.source import Index, Source, TensorInfo, in_model_order
 
 if TYPE_CHECKING:
     from puna.text import Tokenizer
@@ -26,9 +26,9 @@ SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def detect(path: Path) -> bool:
-    """A GGUF file, or a directory with one and no config.json."""
+    """A GGUF file, or a directory with one; a directory with weights of another format is asked for that one first."""
     if path.is_dir():
-        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+        return any(path.glob("*.gguf"))
     return path.suffix == ".gguf" or is_gguf(path)
 
 
@@ -50,8 +50,6 @@ def open_gguf(path: Path) -> Source:
     config = ModelConfig.from_hf(config_from(path, metadata, shapes, divisors))
 
     tensors = {hf_name(name): tensor for name, tensor in stored.items()}
-    order = {name: position for position, name in enumerate(config.tensors())}
-    tensors = dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
     types = Counter(tensor.type for tensor in tensors.values())
     matrices = Counter(tensor.type for tensor in tensors.values() if len(tensor.shape) > 1)
     quantised = not types.keys() <= PLAIN.keys()
@@ -68,7 +66,7 @@ def open_gguf(path: Path) -> Source:
         config=config,
         hf_config={**config.to_hf(), **tokens, "torch_dtype": str(main).removeprefix("torch.")},
         generation=tokens,
-        tensors=infos,
+        tensors=in_model_order(config, infos),
         files=[part.path for part in parts],
         details={
             "quantised": quantised,

@@ -95,7 +95,9 @@ def config_from(
     def number(key: str, default: float | None = None) -> Any:
         return _number(path, f"llama.{key}", metadata.get(f"llama.{key}", default))
 
-    hidden, heads = number("embedding_length"), number("attention.head_count")
+    hidden, heads, layers = number("embedding_length"), number("attention.head_count"), number("block_count")
+    if layers > len(shapes):  # a damaged number must not make us list a billion tensors to say that they are missing
+        raise UserError(f"{path} says that it has {layers:,} layers and holds {len(shapes)} tensors: fetch it again")
     head_dim = number("attention.key_length", max(1, hidden // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if (size := number(key, head_dim)) != head_dim:
@@ -106,7 +108,7 @@ def config_from(
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": number("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,

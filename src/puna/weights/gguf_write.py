@@ -17,7 +17,7 @@ from puna.errors import UserError
 from puna.weights.gguf_file import write_file
 from puna.weights.gguf_map import gguf_name, hf_name, llama3_divisors, metadata_from, padded
 from puna.weights.rope_order import is_rotated, to_pairs
-from puna.weights.source import Source, TensorInfo
+from puna.weights.source import Source, TensorInfo, cast
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type: what most matrices are
@@ -88,9 +88,6 @@ def _encode(name: str, tensor: torch.Tensor, kind: str) -> Iterator[np.ndarray]:
     rows = max(1, CHUNK // max(1, tensor[0].numel()))
     for some in tensor.split(rows):
         if kind == "Q8_0":
-            yield quantize(np.ascontiguousarray(some.float().numpy()), GGMLQuantizationType.Q8_0)
-            continue
-        cast = some.to(dtypes[kind]).contiguous()
-        if kind == "F16" and some.dtype != torch.float16 and not torch.equal(cast.isfinite(), some.isfinite()):
-            raise UserError(f"{name} has values beyond float16's 65,504: write bfloat16 or float32")
-        yield cast.flatten().view(torch.uint8).numpy()
+            yield quantize(some.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
+        else:
+            yield cast(name, some, dtypes[kind]).contiguous().flatten().view(torch.uint8).numpy()
