@@ -36,20 +36,16 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step; an empty batch only when there is no request."""
         batch = Batch()
-        preempted = False
         i = 0
         while i < len(self.running):
-            request = self.running[i]
-            while not self._place(request, batch):
-                victim = self.running.pop()  # the newest; never one that is in the batch already
-                self._release(victim)
-                self.waiting.appendleft(victim)
-                self.preemptions += 1
-                preempted = True
-                if victim is request:
-                    break
-            i += 1
-        while self.waiting and not preempted and batch.num_tokens < self.max_tokens:
+            if self._place(self.running[i], batch):
+                i += 1
+                continue
+            victim = self.running.pop()  # the newest, at worst this one itself; never one that is in the batch already
+            self._release(victim)
+            self.waiting.appendleft(victim)
+            self.preemptions += 1
+        while self.waiting and batch.num_tokens < self.max_tokens:
             request = self.waiting[0]
             full = sum(r.width for r in self.running) + request.width > self.max_sequences
             if full or not self._admit(request, batch):
