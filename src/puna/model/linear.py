@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Scheme(Protocol):
     """How a weight is stored and multiplied."""
 
-    def matmul(self, x: Tensor, linear: nn.Module) -> Tensor:
+    def matmul(self, x: Tensor, linear: Linear) -> Tensor:
         """x [..., in_features] times the stored weight: [..., out_features], without bias."""
         ...
 
