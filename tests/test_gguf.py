@@ -19,6 +19,7 @@ from puna.errors import UserError
 from puna.model import attend
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.text import Tokenizer
 from puna.weights.gguf import open_gguf
 from puna.weights.gguf_file import read_gguf, write_file
 from puna.weights.gguf_map import gguf_name, hf_name, metadata_from
@@ -442,24 +443,32 @@ PROBES = ["Hello, world!", "it's 1234 o'clock", "  two spaces\n\nand\ttabs", "na
           "日本語 и кириллица 🦙", "def f(x):\n    return x + 1", "<|im_start|>user", "I'LL 3.14 100,000"]  # fmt: skip
 
 
-def open_llama_cpp(path: Path) -> SimpleNamespace:
-    """Token ids and logits as llama.cpp gives them."""
+@pytest.fixture
+def open_llama_cpp():
+    """`open_llama_cpp(path)`: a file as llama.cpp reads it, with `encode(text, special)` and `logits(ids)`."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs the bench extra: pip install llama-cpp-python")
-    llama = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)
 
-    def scores(ids: list[int]) -> torch.Tensor:
-        llama.reset()
-        llama.eval(ids)
-        return torch.tensor(llama.scores[: len(ids)])
+    def opened(path: Path) -> SimpleNamespace:
+        f32 = llama_cpp.GGML_TYPE_F32
+        llama = llama_cpp.Llama(
+            str(path), n_ctx=128, n_threads=1, logits_all=True, type_k=f32, type_v=f32, verbose=False
+        )
 
-    return SimpleNamespace(
-        encode=lambda text, special: llama.tokenize(text.encode(), add_bos=False, special=special), logits=scores
-    )
+        def encode(text: str, special: bool) -> list[int]:
+            return llama.tokenize(text.encode(), add_bos=False, special=special)
+
+        def scores(ids: list[int]) -> torch.Tensor:
+            llama.reset()
+            llama.eval(ids)
+            return torch.tensor(llama.scores[: len(ids)])
+
+        return SimpleNamespace(encode=encode, logits=scores)
+
+    return opened
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_llama_cpp_reads_our_files_and_agrees(shape, tiny_checkpoint, tmp_path):
-    pytest.importorskip("llama_cpp", reason="needs the bench extra: pip install llama-cpp-python")
+def test_llama_cpp_reads_our_files_and_agrees(shape, tiny_checkpoint, open_llama_cpp, tmp_path):
     source = open_hf(tiny_checkpoint(**SHAPES[shape]))
     theirs = open_llama_cpp(written(source, tmp_path))
     tokenizer = source.tokenizer()
@@ -471,10 +480,28 @@ def test_llama_cpp_reads_our_files_and_agrees(shape, tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama2", "llama3"])
+def test_llama_cpp_tokenises_as_we_do_with_the_real_vocabularies(family, shared_data, open_llama_cpp, tmp_path):
+    tokenizer = Tokenizer.load(shared_data / "tokenizers" / family)
+    source = in_memory(tiny_config(vocab_size=tokenizer.vocab_size + 8))
+    source.load_tokenizer = lambda: tokenizer
+    path = written(source, tmp_path, torch.float16)
+    theirs, back = open_llama_cpp(path), open_gguf(path).tokenizer()
+    for text in PROBES:
+        for special in (True, False):
+            ids = tokenizer.encode(text, bos=False, special=special)
+            assert theirs.encode(text, special) == ids == back.encode(text, bos=False, special=special), text
+    assert (back.bos_id, back.add_bos, set(back.stop_ids)) == (
+        tokenizer.bos_id,
+        tokenizer.add_bos,
+        set(tokenizer.stop_ids),
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-4), ("q8_0", 0.02)])
-def test_llama_cpp_agrees_on_smollm2_that_went_through_us(dtype, tolerance, smollm2, tmp_path):
+def test_llama_cpp_agrees_on_smollm2_that_went_through_us(dtype, tolerance, smollm2, open_llama_cpp, tmp_path):
     """In KL divergence, nats a token; llama.cpp rounds activations to float16 and to 8 bits where the weights are."""
-    pytest.importorskip("llama_cpp", reason="needs the bench extra: pip install llama-cpp-python")
     source = open_gguf(smollm2)
     theirs = open_llama_cpp(written(source, tmp_path, dtype))
     tokenizer = source.tokenizer()

@@ -60,8 +60,8 @@ def describe(source: Source) -> dict[str, Any]:
 def preset(config: ModelConfig) -> str | None:
     """The published model whose shape this is; context length and the norms' epsilon may be other."""
     for name, known in PRESETS.items():
-        free = {"max_position_embeddings": known.max_position_embeddings, "rms_norm_eps": known.rms_norm_eps}
-        if replace(config, **free) == known:
+        context, epsilon = known.max_position_embeddings, known.rms_norm_eps
+        if replace(config, max_position_embeddings=context, rms_norm_eps=epsilon) == known:
             return name
     return None
 
