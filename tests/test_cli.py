@@ -128,7 +128,7 @@ def test_only_the_first_rank_speaks():
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["importing", "generating"])
 def test_ctrl_c_in_a_process(tiny_checkpoint, when):
-    command = [*PUNA, "generate", str(tiny_checkpoint(max_position_embeddings=100_000)), "x", "--max-tokens", "90000"]
+    command = [*PUNA, "generate", str(tiny_checkpoint(max_position_embeddings=8192)), "x", "--max-tokens", "8000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if when == "importing":
         time.sleep(0.4)

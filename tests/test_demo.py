@@ -1,0 +1,22 @@
+"""The demo from end to end, on a tiny model in place of the real one."""
+
+import json
+
+import pytest
+
+from puna.cli import main
+
+
+@pytest.mark.slow
+def test_demo(tiny_checkpoint, tmp_path, capsys):
+    model = str(tiny_checkpoint(max_position_embeddings=256, torch_dtype="bfloat16"))
+    out = tmp_path / "demo"
+    assert main(["demo", "--model", model, "--out", str(out)]) == 0
+    text, _ = capsys.readouterr()
+    for step in ("puna convert", "puna verify", "puna chat", "puna generate", "puna bench latency", "Next:"):
+        assert step in text
+    assert (out / "smollm2/config.json").exists() and (out / "times.png").read_bytes().startswith(b"\x89PNG")
+    assert len([json.loads(line) for line in (out / "batch.jsonl").read_text().splitlines()]) == 8
+
+    assert main(["demo", "--model", model, "--out", str(out)]) == 0
+    assert "is there from an earlier run" in capsys.readouterr().out
