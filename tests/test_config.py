@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from puna.config import argument, help_text, option, parse, to_yaml
+from puna.config import argument, group, help_text, option, parse, to_yaml
 from puna.errors import UserError
 
 
@@ -170,3 +170,59 @@ def test_help_shows_every_option_by_its_dashed_name():
     for part in ("--max-tokens N", "(default: 16)", "--to hf|gguf", "--no-proof", "--lens N,...", "Shared by verbs"):
         assert part in text
     assert "_" not in text and max(map(len, text.splitlines())) <= 120
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """How weights change."""
+
+    lr: float = option(1e-3, "learning rate")
+    betas: tuple[float, ...] = option((0.9, 0.95), "averages")
+
+
+@dataclass(kw_only=True)
+class Data:
+    """What is read."""
+
+    train: tuple[str, ...] = option(MISSING, "token data")
+
+
+@dataclass(kw_only=True)
+class Nested:
+    """A run of many options."""
+
+    steps: int = option(1, "steps")
+    data: Data = group(Data)
+    optim: Optim = group(Optim)
+
+
+def nested(*words: str) -> Nested:
+    return parse("train", Nested, words)
+
+
+def test_groups_nest_on_the_command_line_and_in_yaml(tmp_path, capsys):
+    want = Nested(steps=3, data=Data(train=("a", "b")), optim=Optim(lr=1e-5, betas=(0.9, 0.99)))
+    words = ("--steps", "3", "--data.train", "a", "--data.train", "b", "--optim.lr=1e-5", "--optim.betas", "0.9,0.99")
+    assert nested(*words) == want
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(want))
+    assert "optim:\n  lr: 1.0e-05" in file.read_text()
+    assert nested(str(file)) == want and nested(str(file), "--optim.lr", "2").optim.lr == 2
+    assert "How weights change:\n  --optim.lr X" in help_text("train", Nested)
+
+
+def test_refusals_of_groups(tmp_path):
+    file = tmp_path / "run.yaml"
+    for text, says in (
+        ("data: {train: x}\noptim: {lrr: 1}", ": optim has no option 'lrr', did you mean 'lr'?"),
+        ("data: {train: x}\noptimm: {lr: 1}", " has no option 'optimm', did you mean 'optim'?"),
+        ("data: 3", ": data takes a mapping of option names to values, not 3"),
+        ("data: {train: x}\noptim: {lr: fast}", ": optim: lr takes a number, not 'fast'"),
+        ("steps: 1", "puna train needs --data.train: token data (see puna train --help)"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError) as caught:
+            nested(str(file))
+        assert str(caught.value).endswith(says)
+    with pytest.raises(UserError, match="has no option --optim.lrr, did you mean '--optim.lr'?"):
+        nested("--data.train", "x", "--optim.lrr", "1")

@@ -2,8 +2,8 @@
 
 A verb's options are a keyword-only dataclass whose fields are made by `argument` (positional) and `option`. The same
 names work as `--max-tokens 8`, as `--max_tokens 8` and as `max_tokens: 8` in a YAML file; the command line beats the
-file, the later of two files beats the earlier. Whatever is wrong is one `UserError` sentence that names the nearest
-known option.
+file, the later of two files beats the earlier. A field made by `group` holds a dataclass of its own: `--optim.lr 1e-5`,
+and in YAML a mapping. Whatever is wrong is one `UserError` sentence that names the nearest known option.
 
 Plain Python rather than a parser library: positionals between options, a leading YAML file, nearest names and
 one-sentence errors would each have to be patched into one, and --help must start in a blink.
@@ -11,6 +11,7 @@ one-sentence errors would each have to be patched into one, and --help must star
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -19,6 +20,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field
+from operator import attrgetter
 from pathlib import Path
 from textwrap import fill, indent
 from typing import Any, Literal, TypeVar, Union
@@ -28,7 +30,9 @@ import yaml
 from puna.errors import UserError, nearest
 
 T = TypeVar("T")
-OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)  # "-", "-1.5" and "- a list" are arguments, not options
+OPTION = re.compile(
+    r"(--?[A-Za-z][\w-]*|--[A-Za-z][\w.-]*)(=.*)?", re.DOTALL
+)  # "-", "-1.5" and "- a list" are arguments, not options
 WIDTH = 100
 
 
@@ -43,6 +47,11 @@ def argument(help: str, default: Any = MISSING) -> Any:
 def option(default: Any, help: str) -> Any:
     """A `--named` field; required when `default` is `dataclasses.MISSING`."""
     return field(default=default, metadata={"help": help})
+
+
+def group(kind: type) -> Any:
+    """A field that holds options of their own, a dataclass of `option` fields."""
+    return field(default_factory=kind, metadata={"group": kind})
 
 
 def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
@@ -67,7 +76,7 @@ def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
         if entry.default is MISSING and entry.name not in values:
             what = entry.name.upper() if entry.metadata.get("positional") else flag(entry.name)
             raise UserError(f"puna {verb} needs {what}: {entry.metadata['help']} (see puna {verb} --help)")
-    options = kind(**values)
+    options = _make(kind, values)
     if show:
         print(to_yaml(options), end="")
         raise SystemExit(0)
@@ -79,23 +88,30 @@ def convert_all(kind: type, mapping: Any, where: str) -> dict[str, Any]:
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where} takes a mapping of option names to values, not {mapping!r}")
     hints, values = _hints(kind), {}
+    groups = _groups(kind)
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
+        if name in groups:
+            inner = convert_all(groups[name], {} if value is None else value, f"{where}: {key}")
+            values |= {f"{name}.{inside}": item for inside, item in inner.items()}
+            continue
         if name not in hints:
-            raise UserError(f"{where} has no option {key!r}{nearest(name, hints)}")
+            raise UserError(f"{where} has no option {key!r}{nearest(name, [*hints, *groups])}")
         values[name] = convert(value, hints[name], f"{where}: {key}")
     return values
 
 
 def to_yaml(options: Any) -> str:
     """The options that differ from their defaults, as the YAML file that gives them again."""
-    values = {}
+    values: dict[str, Any] = {}
     for entry in _fields(type(options)):
-        value = getattr(options, entry.name)
+        value = attrgetter(entry.name)(options)
         if value != entry.default:
-            values[entry.name] = list(value) if isinstance(value, tuple) else value
-            if isinstance(value, Path):
-                values[entry.name] = str(value)
+            *path, name = entry.name.split(".")
+            inner = values
+            for step in path:
+                inner = inner.setdefault(step, {})
+            inner[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
 
 
@@ -112,6 +128,10 @@ def help_text(verb: str, kind: type) -> str:
         if own:
             title = "Arguments and options" if owner is kind else _doc(owner).splitlines()[0].rstrip(".")
             lines += ["", f"{title}:", *(_describe(entry, hints[entry.name]) for entry in own)]
+    for name, inner in _groups(kind).items():
+        inside = [entry for entry in _fields(kind) if entry.name.startswith(f"{name}.")]
+        lines += ["", f"{_doc(inner).splitlines()[0].rstrip('.')}:"]
+        lines += [_describe(entry, hints[entry.name]) for entry in inside]
     lines += ["", "Everywhere:"]
     for head, text in (
         ("--config FILE", "read options from a YAML file; what stands on the command line wins"),
@@ -297,12 +317,37 @@ def _bare(hint: Any) -> Any:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
+    """The type of every option, by its name; one of a group is called `group.name`."""
     hints = typing.get_type_hints(kind)
-    return {entry.name: hints[entry.name] for entry in _fields(kind)}
+    found = {entry.name: hints[entry.name] for entry in dataclasses.fields(kind) if "group" not in entry.metadata}
+    for name, inner in _groups(kind).items():
+        found |= {f"{name}.{inside}": hint for inside, hint in _hints(inner).items()}
+    return found
 
 
-def _fields(kind: Any) -> tuple[Field, ...]:
-    return dataclasses.fields(kind)
+def _fields(kind: Any) -> list[Field]:
+    """Every option, those of groups last and under their full name."""
+    found = [entry for entry in dataclasses.fields(kind) if "group" not in entry.metadata]
+    for name, inner in _groups(kind).items():
+        for entry in map(copy.copy, _fields(inner)):
+            entry.name = f"{name}.{entry.name}"
+            found.append(entry)
+    return found
+
+
+def _groups(kind: Any) -> dict[str, type]:
+    return {entry.name: entry.metadata["group"] for entry in dataclasses.fields(kind) if "group" in entry.metadata}
+
+
+def _make(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass from options by their full names."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    for name, inner in _groups(kind).items():
+        start = f"{name}."
+        own[name] = _make(
+            inner, {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+        )
+    return kind(**own)
 
 
 def _positionals(kind: type) -> list[str]:
