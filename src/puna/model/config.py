@@ -51,6 +51,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "no_rope_layers": (None, []),
     "no_rope_layer_interval": (None,),
 }
+MAX_LAYERS = 4096  # far above any model; a config is untrusted, and `tensors` lists what it asks for
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class ModelConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"config: {key} must be a whole number above 0, not {value!r}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise UserError(
+                f"config: {self.num_hidden_layers} layers are more than any LLaMA has; correct num_hidden_layers."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"config: num_attention_heads {self.num_attention_heads} is not a multiple of"
