@@ -38,9 +38,7 @@ def run(options: DemoOptions) -> int:
     start, model = time.perf_counter(), options.out / "smollm2"
     options.out.mkdir(parents=True, exist_ok=True)
     pull(options.model)
-    _title(
-        "Import the GGUF to a Hugging Face directory", f"puna convert {options.model} {model} --to hf --dtype bfloat16"
-    )
+    _title("Import the GGUF to a Hugging Face directory", f"puna convert {options.model} {model} --to hf")
     if model.exists():
         print(f"{model} is there from an earlier run.")
     else:
@@ -66,13 +64,20 @@ def run(options: DemoOptions) -> int:
         f"puna info {model}",
         "puna --help",
     ):
-        prefix = "" if sys.prefix == sys.base_prefix else f"{Path(sys.executable).parent}/"
-        print(f"  {prefix}{line}")
+        print(f"  {_beside_python()}{line}")
     return 0
 
 
 def _title(what: str, command: str) -> None:
     print(f"\n== {what}\n$ {command}", flush=True)
+
+
+def _beside_python() -> str:
+    """What stands before `puna` to run it from the virtual environment that this is."""
+    if sys.prefix == sys.base_prefix:
+        return ""
+    folder = Path(sys.executable).parent
+    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"
 
 
 def _commas(values: tuple[int, ...]) -> str:
