@@ -51,9 +51,7 @@ def run(options: DemoOptions) -> int:
         _chat(llm)
         _title("Generate a batch", f"puna generate {model} --file {options.out / 'starts.txt'} --max-tokens 32")
         _batch(llm, options.out)
-        grid = (
-            f"--input-len {_commas(INPUT)} --output-len {OUTPUT} --batch-size {_commas(BATCHES)} --repeats 1 --warmup 0"
-        )
+        grid = f"--input-len {_commas(INPUT)} --output-len {OUTPUT} --batch-size {_commas(BATCHES)} --warmup 0"
         _title("Time it", f"puna bench latency {model} {grid} --plot {options.out / 'times.png'}")
         _time(llm, options.out / "times.png")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Next:\n")
@@ -110,7 +108,7 @@ def _batch(llm: LLM, folder: Path) -> None:
 
 def _time(llm: LLM, path: Path) -> None:
     shapes = list(product(INPUT, (OUTPUT,), BATCHES))
-    rows = time_grid(llm, shapes, read_bandwidth(llm.device), 0, 1)
+    rows = time_grid(llm, shapes, read_bandwidth(llm.device), warmup=0, repeats=3)
     print(table(rows))
     replace_with(path, lambda beside: plot(rows, PANELS, "SmolLM2-135M-Instruct", beside))
     print(f"saved as {path}")

@@ -22,7 +22,11 @@ from puna.errors import UserError
 from puna.options import BenchOptions, LatencyOptions, loading
 from puna.progress import meter
 
-PANELS = (("first_ms", "first token, ms"), ("per_token_ms", "each token after it, ms"), ("decode_tok_s", "tokens/s"))
+PANELS = (
+    ("first_ms", "first token, ms"),
+    ("per_token_ms", "each token after it, ms"),
+    ("decode_tok_s", "generated tokens/s"),
+)
 
 
 Shape = tuple[int, int, int]  # tokens of each prompt, tokens of each answer, requests at once
