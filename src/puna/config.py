@@ -87,8 +87,8 @@ def convert_all(kind: type, mapping: Any, where: str) -> dict[str, Any]:
     """Checked values for the fields that `mapping` names, with dashes or underscores. `where` opens each error."""
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where} takes a mapping of option names to values, not {mapping!r}")
-    hints, values = _hints(kind), {}
-    groups = _groups(kind)
+    hints, groups = _hints(kind), _groups(kind)
+    values: dict[str, Any] = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
         if name in groups:
