@@ -47,12 +47,13 @@ def tp_slice(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, 
     """The part of tensor `name` (full `shape`) that rank `rank` of `size` holds, as an index into the full tensor.
 
     With fewer key/value heads than ranks, each head is held by size / heads neighbouring ranks. The bias of a "row"
-    layer is whole on every rank (it is added after the reduction).
+    layer is whole on every rank (it is added after the reduction). Of a LoRA update (`q_proj.adapter.a` [r, in] and
+    `.b` [out, r]) the side that meets the split one is cut: B of a "col" or "vocab" layer, A of a "row" layer.
     """
     whole = tuple(slice(0, n) for n in shape)
-    module, kind = name.split(".")[-2], name.split(".")[-1]
+    *_, module, kind = name.replace(".adapter.", ".").split(".")
     how = TP_PLAN.get(module)
-    if size == 1 or how is None or (how == "row" and kind == "bias"):
+    if size == 1 or how is None or kind == ("b" if how == "row" else "a") or (how == "row" and kind == "bias"):
         return whole
     if how == "row":
         return (*whole[:1], chunk(shape[1], rank, size))

@@ -1,0 +1,184 @@
+"""LoRA (arXiv 2106.09685): trained low-rank updates beside frozen weights, put into a model from outside.
+
+Targets and modules to save are chosen as `peft` chooses them, and adapters start as there, so that either trains what
+the other began. What an adapter's tensors are called here: `model.layers.0.self_attn.q_proj.adapter.a` and `.b`; how
+they are split over ranks says `puna.model.plan`, how they are stored `puna.weights.peft`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puna.errors import UserError, nearest
+from puna.model.config import ModelConfig
+from puna.model.linear import Linear
+from puna.model.llama import Llama
+
+T = TypeVar("T")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
+
+
+class LoRA(nn.Module):
+    """x [..., in] -> (x A^T) B^T * scale [..., out] in x's dtype, A [r, in], B [out, r]; sits in `Linear.adapter`."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What is adapted, and how strongly.
+
+    `targets`: linear layers by name (`q_proj`, `layers.0.mlp.up_proj`, or `all-linear`) or by a regular expression that
+    matches the whole name (`.*layers\\.[0-3]\\..*_proj`). `modules_to_save`: modules that are trained whole, chosen the
+    same way (`embed_tokens`, `lm_head`, `norm`). `rank_pattern` and `alpha_pattern` give single layers, by the end of
+    their name or a regular expression for it, a rank or alpha of their own. The update is scaled by alpha / rank, with
+    `rslora` by alpha / sqrt(rank) (arXiv 2312.03732).
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: str | tuple[str, ...] = LINEARS
+    modules_to_save: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise UserError(f"a LoRA rank must be a whole number above 0, not {rank!r}.")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                raise UserError(f"LoRA's alpha must be a number above 0, not {alpha!r}.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA's dropout must be at least 0 and below 1, not {self.dropout}.")
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def adapted(config: ModelConfig, options: LoraOptions) -> list[str]:
+    """The linear layers that get an update, `model.layers.0.self_attn.q_proj` and so on, in model order.
+
+    A layer that is trained whole gets none. Raises UserError for a pattern that matches no linear layer.
+    """
+    linears = [name for name in _modules(config) if name.split(".")[-1] in (*LINEARS, "lm_head")]
+    targets = [options.targets] if isinstance(options.targets, str) else options.targets
+    if not targets:
+        raise UserError(f"LoRA needs targets: some of {', '.join(LINEARS)}.")
+    flat = [name for target in targets for name in (LINEARS if target == ALL_LINEAR else [target])]
+    whole = saved(config, options)
+    return [name for name in select(flat, linears, "linear layer") if name not in whole]
+
+
+def saved(config: ModelConfig, options: LoraOptions) -> list[str]:
+    """The modules that are trained and stored whole. A tied embedding and output layer go together."""
+    named = [options.modules_to_save] if isinstance(options.modules_to_save, str) else options.modules_to_save
+    chosen = select(named, _modules(config), "module")
+    tied = ("model.embed_tokens", "lm_head")
+    if config.tie_word_embeddings and not set(tied).isdisjoint(chosen):
+        chosen = [name for name in _modules(config) if name in (*chosen, *tied)]
+    return chosen
+
+
+def lora_tensors(config: ModelConfig, options: LoraOptions) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the updates: name -> whole shape, A [r, in] and B [out, r] of each adapted layer."""
+    shapes = config.tensors() | {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+    found: dict[str, tuple[int, ...]] = {}
+    for module in adapted(config, options):
+        rows, columns = shapes[f"{module}.weight"]
+        rank = options.rank_of(module)
+        found |= {f"{module}.adapter.a": (rank, columns), f"{module}.adapter.b": (rows, rank)}
+    return found
+
+
+def initial(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What an update's tensor is before training, by its name alone whatever the layout: A uniform in +-1/sqrt(in)
+    (kaiming with a = sqrt(5), as torch's and peft's), B zero. `shape` is the whole tensor's; cut a rank's part from it.
+    """
+    if name.endswith(".adapter.b"):
+        return torch.zeros(shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    bound = shape[1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(dtype)
+
+
+def add_lora(model: Llama, options: LoraOptions, *, seed: int = 0) -> list[str]:
+    """Give a whole (unsplit) model its updates, float32 on its weights' device; returns the adapted layers' names.
+
+    From here on only the updates and `modules_to_save` require gradients. On the meta device the updates' values are
+    the caller's to fill (`initial`). Raises UserError for a pattern that matches nothing.
+    """
+    config = model.config
+    names, tensors = adapted(config, options), lora_tensors(config, options)
+    model.requires_grad_(False)
+    for name in saved(config, options):
+        model.get_submodule(name.removeprefix("model.")).requires_grad_(True)
+    for name in names:
+        linear = model.get_submodule(name.removeprefix("model."))
+        assert isinstance(linear, Linear)
+        device = linear.weight.device
+        a, b = (_fresh(f"{name}.adapter.{part}", tensors, seed, device) for part in "ab")
+        linear.adapter = LoRA(a, b, options.scale_of(name), options.dropout)
+    return names
+
+
+def select(patterns: Iterable[str], names: list[str], what: str) -> list[str]:
+    """Those of `names` that a pattern matches: as the name, as its end after a dot, or as a regular expression for the
+    whole of it. Raises UserError for a pattern that matches none.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
+        try:
+            found = found or [name for name in names if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise UserError(f"{pattern!r} is neither a {what} nor a regular expression: {error}.") from None
+        if not found:
+            short = dict.fromkeys(name.split(".")[-1] for name in names)
+            hint = nearest(pattern, [*short, *names]) or f"; there are {', '.join(short)}."
+            raise UserError(f"the model has no {what} {pattern!r}{hint}")
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def _modules(config: ModelConfig) -> list[str]:
+    """Every module that holds weights, a tied output layer too."""
+    names = dict.fromkeys(name.rpartition(".")[0] for name in config.tensors())
+    return list(names | {"lm_head": None})
+
+
+def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
+    """The value of the first pattern that matches the end of the name from a dot on, as peft looks them up."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _fresh(name: str, tensors: dict[str, tuple[int, ...]], seed: int, device: torch.device) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(tensors[name], device=device)
+    return initial(name, tensors[name], seed).to(device)
