@@ -96,12 +96,13 @@ class TensorParallel:
             raise mine or UserError(f"rank {failed}: {words[failed]}")
 
     def leave(self) -> None:
-        """At the end of the process: gloo's threads must not outlive the interpreter.
+        """At the end of the process: end the groups and gloo's threads, one of which may still wait to free a tensor.
 
-        After a step was broken off NCCL would wait here for ranks that wait for this one; the end of the process frees
-        both.
+        With NCCL that would wait, after a step was broken off, for ranks that wait for this one: there the end of the
+        process frees both.
         """
         if not self.broken or dist.get_backend(self.group) == "gloo":
+            del self.group, self.control  # held by no one else, so that their threads are joined here
             dist.destroy_process_group()
 
     def _broadcast(self, data: bytearray) -> None:

@@ -1,0 +1,39 @@
+"""Python processes as the ranks of one group, for tests."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+
+SECONDS = 60  # within which every launch must end, on a busy machine too; what it guards against is a hang
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+def launch(size, *argv):
+    """Runs python with `argv` as `size` ranks, as torchrun would; but nobody ends the others when one has ended."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        variables = os.environ | {key: str(value) for key, value in place.items()}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen([sys.executable, *map(str, argv)], env=variables, **pipes))
+    end = time.monotonic() + SECONDS
+    try:
+        outputs = [rank.communicate(timeout=max(0.1, end - time.monotonic())) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [Ended(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
