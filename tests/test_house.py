@@ -21,6 +21,7 @@ ORDER = [
     {"kernels"},
     {"model"},
     {"parallel", "weights"},
+    {"data"},
     {"build"},
     {"engine"},
     {"info", "verify"},

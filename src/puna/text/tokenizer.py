@@ -198,8 +198,11 @@ class Tokenizer:
 
     # Checks
 
-    def fingerprint(self) -> str:
-        """sha256 over what decides ids and prompts: vocabulary, merges, splitting, special tokens, templates."""
+    def fingerprint(self, *, template: bool = True) -> str:
+        """sha256 over what decides ids and prompts: vocabulary, merges, splitting, special tokens, templates.
+
+        `template=False` leaves templates and the stop list out: two that agree then give a text the same ids.
+        """
         parts, model = self._parts, state(self._backend.model) or {}
         added = self._backend.get_added_tokens_decoder()
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
@@ -210,9 +213,9 @@ class Tokenizer:
             "normalizer": state(self._backend.normalizer),
             "added": [[index, token.content, token.special] for index, token in sorted(added.items())],
             "ends": [self.bos_id, self.eos_id, self.unk_id, self.pad_id, self.add_bos, self.add_eos],
-            "stops": sorted(self.stop_ids),
-            "templates": parts.templates,
         }
+        if template:
+            facts |= {"stops": sorted(self.stop_ids), "templates": parts.templates}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:
