@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from puna.build import load_model
 from puna.engine.beam import BeamSearch
@@ -103,11 +104,11 @@ class Case:
     expected: list[list[int]]
 
 
-def load(path: Any, *, fast: bool = True) -> Tiny:
+def load(path: Any, *, dtype: torch.dtype = torch.float64, fast: bool = True) -> Tiny:
     with open_source(path) as source:
         tokenizer = source.tokenizer()
         assert tokenizer is not None
-        return Tiny(load_model(source, torch.float64, fast=fast), tokenizer)
+        return Tiny(load_model(source, dtype, fast=fast), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +345,72 @@ def test_requests_without_a_seed_differ_and_the_engine_repeats_them(tiny: Tiny):
     assert twice[0][0] != twice[0][1] != twice[0][2]
 
 
+# Beams, as transformers finds them
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_checkpoint) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_checkpoint(), dtype=torch.float32).eval()
+
+
+BEAMS: list[dict[str, Any]] = [
+    {"num_beams": 2},
+    {"num_beams": 4, "n": 4, "early_stopping": True},
+    {"num_beams": 3, "n": 2, "length_penalty": 2.0, "early_stopping": "never"},
+    {"num_beams": 3, "temperature": 1.0},
+    {"num_beams": 4, "n": 2, "temperature": 1.5, "top_k": 30, "early_stopping": "never"},
+    {"num_beams": 2, "temperature": 0.7, "repetition_penalty": 1.2},
+]
+
+
+@pytest.mark.parametrize(("blocks", "batch_tokens"), [(256, 256), (256, 9), (TIGHT, 64)])
+def test_beams_are_those_of_transformers(
+    tiny_checkpoint, theirs: LlamaForCausalLM, cases: list[Case], blocks: int, batch_tokens: int
+):
+    """All at once and beside other requests, preempted where the cache is tight; in float32, as transformers searches."""
+    tiny = load(tiny_checkpoint(), dtype=torch.float32)
+    engine = tiny.engine(blocks=blocks, batch_tokens=batch_tokens)
+    draw = random.Random(batch_tokens)
+    ids = []
+    for seed, options in enumerate(BEAMS):
+        prompt = [draw.randrange(45, 300) for _ in range(draw.randint(1, 12))]
+        params = SamplingParams(max_tokens=10, seed=seed, **options)
+        ids.append((engine.add(prompt, params), prompt, params))
+        engine.add(cases[seed].prompt, replace(cases[seed].params, max_tokens=10))
+    done = drain(engine)
+    assert blocks > TIGHT or engine.scheduler.preemptions
+    for id, prompt, params in ids:
+        for found, (tokens, score) in zip(done[id].outputs, searched(theirs, prompt, params), strict=True):
+            assert found.token_ids == tokens[: len(found.token_ids)], params
+            assert set(tokens[len(found.token_ids) :]) <= {PAD}
+            assert found.score == pytest.approx(score, abs=1e-4)
+            assert found.finish_reason == ("stop" if found.token_ids[-1] in STOP else "length")
+
+
+PAD = 1  # transformers takes 0 for none
+
+
+def searched(model: LlamaForCausalLM, prompt: list[int], params: SamplingParams) -> list[tuple[list[int], float]]:
+    """(new tokens, score) of each beam that transformers returns."""
+    same = ["num_beams", "early_stopping", "length_penalty", "repetition_penalty"]
+    if not params.greedy:
+        same += ["temperature", "top_k", "top_p"]
+    torch.manual_seed(params.seed or 0)
+    found = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=not params.greedy,
+        num_return_sequences=params.n,
+        max_new_tokens=params.max_tokens,
+        eos_token_id=list(STOP),
+        pad_token_id=PAD,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **{name: getattr(params, name) for name in same},
+    )
+    return [(s[len(prompt) :].tolist(), v.item()) for s, v in zip(found.sequences, found.sequences_scores, strict=True)]
+
+
 # How a text ends
 
 
@@ -541,6 +608,14 @@ def test_nan_fails_one_request_and_no_other(tiny: Tiny, cases: list[Case], batch
         assert tokens_of(done[id]) == case.expected
     assert not engine.runner.cache.isnan().any()  # type: ignore[attr-defined]
     check(engine, cases)
+
+
+def test_nan_is_found_with_the_chunk_that_made_it(tiny: Tiny):
+    """Before anybody can find or reuse its blocks."""
+    engine = poison(tiny, 5).engine(batch_tokens=4)
+    engine.add([*PROMPT, 5, *PROMPT * 6], SamplingParams(max_tokens=3))
+    assert [engine.step(), len(engine.step())] == [[], 1]
+    assert not engine.runner.cache.isnan().any()  # type: ignore[attr-defined]
 
 
 def poison(tiny: Tiny, *tokens: int) -> Tiny:

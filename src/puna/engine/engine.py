@@ -256,7 +256,7 @@ class Engine:
         request = chunk.request
         first, known = chunk.start + chunk.logit_rows.start, len(request.prompt_logprobs)
         targets = request.prompt[known + 1 : first + len(logits) + 1]
-        logits = logits[known - first :][: len(targets)]
+        logits = logits[: len(targets)]
         top = min(request.params.prompt_logprobs or 0, self.limits.vocab_size)
         chosen, ids, levels = token_logprobs(logits, torch.tensor(targets, device=logits.device), top)
         entries = [
