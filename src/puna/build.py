@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that runs, in one fixed order: meta, split, load, fuse, pack.
+"""From a checkpoint to a model that runs, in one fixed order: meta, split, load, adapt, fuse, pack.
 
 Nothing is allocated before the model has its final shape: modules are made on the meta device, cut to this rank's part,
 and filled tensor by tensor, each rank reading only its slices. Fusing comes after, on local shards; packing (CPU) is
@@ -23,6 +23,8 @@ from puna.model.llama import MLP, Attention, Llama
 from puna.model.plan import tp_slice
 from puna.parallel.tensor import TensorParallel, split
 from puna.progress import track
+from puna.weights.merge import replaced
+from puna.weights.peft import Adapter, attach
 
 if TYPE_CHECKING:
     from puna.weights.source import Source
@@ -42,15 +44,18 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     tp: TensorParallel | None = None,
+    adapter: Adapter | None = None,
     fast: bool = False,
     quiet: bool = True,
 ) -> Llama:
     """The model of an open checkpoint, with weights of `dtype` on `device`, in evaluation mode.
 
-    `tp` splits it over a tensor-parallel group, `fast` fuses and packs it for inference. Raises UserError when a tensor
-    is missing or of another shape.
+    `tp` splits it over a tensor-parallel group; `adapter` goes in unmerged (`weights.merge.merge` gives a merged
+    source); `fast` fuses and packs it for inference. Raises UserError when a tensor is missing or of another shape.
     """
-    return _build(source.config, source.read, dtype, device, tp, fast, quiet)
+    if adapter is not None:
+        source = replaced(source, adapter)
+    return _build(source.config, source.read, dtype, device, tp, fast, quiet, adapter)
 
 
 def random_model(
@@ -85,12 +90,15 @@ def _build(
     tp: TensorParallel | None,
     fast: bool,
     quiet: bool,
+    adapter: Adapter | None = None,
 ) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
     if tp is not None:
         split(model, tp)
     _load(model, read, dtype, torch.device(device), tp, quiet)
+    if adapter is not None:
+        attach(model, adapter, rank=tp.rank if tp else 0, size=tp.size if tp else 1)
     if fast:
         fuse(model)
         if torch.device(device).type == "cpu":
@@ -117,14 +125,21 @@ def _load(
 
 
 def fuse(model: Llama) -> None:
-    """Merge q, k, v and gate, up into one product each. For inference, after the split: shards are whole heads."""
-    for module in model.modules():
-        if isinstance(module, Attention) and module.qkv_proj is None:
+    """Merge q, k, v and gate, up into one product each. For inference, after the split: shards are whole heads.
+
+    Layers that carry an adapter stay apart: each adds its own update.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, Attention) and _plain(module.q_proj, module.k_proj, module.v_proj):
             module.qkv_proj = _concat(module.q_proj, module.k_proj, module.v_proj)
             del module.q_proj, module.k_proj, module.v_proj
-        elif isinstance(module, MLP) and module.gate_up_proj is None:
+        elif isinstance(module, MLP) and _plain(module.gate_proj, module.up_proj):
             module.gate_up_proj = _concat(module.gate_proj, module.up_proj)
             del module.gate_proj, module.up_proj
+
+
+def _plain(*parts: Linear) -> bool:
+    return all(part.adapter is None for part in parts)
 
 
 def _concat(*parts: Linear) -> Linear:

@@ -1,0 +1,139 @@
+"""A checkpoint with an adapter, as a checkpoint: what the adapter replaces, and the updates added to the weights.
+
+Sums are in float32 (float64 for a float64 base) and come out so; whoever writes or loads them rounds once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+from torch import Tensor
+
+from puna.errors import UserError
+from puna.model.config import ModelConfig
+from puna.text import Tokenizer
+from puna.weights.hf import EMBEDDING, OUTPUT
+from puna.weights.peft import Adapter, check_adapter
+from puna.weights.source import Index, Source, TensorInfo, check_tensors, in_model_order
+
+BLOCK = 256  # rows of a weight whose update is computed at once
+
+
+def replaced(source: Source, adapter: Adapter) -> Source:
+    """`source` with the tensors that the adapter carries whole, its vocabulary and its tokenizer; without the updates.
+
+    An output layer that was tied to the embedding is a matrix of its own where the adapter makes them differ. Raises
+    UserError when the adapter is not one of this model.
+    """
+    config, whole = _config(source, adapter), adapter.whole
+    check_adapter(adapter, config)
+    if config.tie_word_embeddings and OUTPUT in whole:
+        whole.setdefault(EMBEDDING, whole.pop(OUTPUT))
+    tensors = {**source.tensors, **whole}
+    if not config.tie_word_embeddings:
+        tensors.setdefault(OUTPUT, source.tensors[EMBEDDING])
+    tied_away = {OUTPUT: EMBEDDING} if OUTPUT not in source.tensors else {}
+
+    def read(name: str, index: Index | None) -> Tensor:
+        if name in whole:
+            tensor = adapter.read(name if name in adapter.tensors else OUTPUT)
+            return tensor if index is None else tensor[index]
+        return source.read(tied_away.get(name, name), index)
+
+    shape = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    result = dataclasses.replace(
+        source,
+        config=config,
+        hf_config={**source.hf_config, **shape},
+        tensors=in_model_order(config, tensors),
+        files=[*source.files, *adapter.files],
+        reader=read,
+        load_tokenizer=lambda: _tokenizer(source, adapter, config.vocab_size),
+    )
+    check_tensors(result)
+    return result
+
+
+def merge(source: Source, adapter: Adapter) -> Source:
+    """`source` with the adapter merged into it. What an update was added to is float32, or float64 as the base."""
+    base = replaced(source, adapter)
+    if base.config.tie_word_embeddings and "lm_head" in adapter.modules:
+        base = _untied(base)
+    tensors = dict(base.tensors)
+    for module in adapter.modules:
+        name = f"{module}.weight"
+        tensors[name] = dataclasses.replace(
+            tensors[name], dtype=torch.promote_types(tensors[name].dtype, torch.float32)
+        )
+
+    def read(name: str, index: Index | None) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module not in adapter.modules:
+            return base.read(name, index)
+        return _sum(base, adapter, module, tensors[name], index)
+
+    return dataclasses.replace(base, tensors=tensors, reader=read)
+
+
+def _sum(base: Source, adapter: Adapter, module: str, info: TensorInfo, index: Index | None) -> Tensor:
+    """(W + scale * B A)[index]. In fixed blocks of whole rows, so that a number is the same bits in any slice of it."""
+    a, b = (adapter.read(f"{module}.adapter.{side}").to(info.dtype) for side in "ab")
+    scale = adapter.options.scale_of(module)
+    start, stop, step = (index[0] if index else slice(None)).indices(info.shape[0])
+    across = index[1] if index and len(index) > 1 else slice(None)
+    if step != 1:
+        raise ValueError(f"{module} is read in steps of {step}")
+    parts = []
+    for first in range(start // BLOCK * BLOCK, stop, BLOCK):
+        last = min(first + BLOCK, info.shape[0])
+        update = (b[first:last].clone() @ a).mul_(scale)  # the clone is aligned as any other, where a view is not
+        keep = slice(max(start, first), min(stop, last))
+        weight = base.read(f"{module}.weight", (keep, across)).to(info.dtype)
+        parts.append(weight + update[keep.start - first : keep.stop - first, across])
+    return torch.cat(parts) if parts else base.read(f"{module}.weight", index).to(info.dtype)
+
+
+def _config(source: Source, adapter: Adapter) -> ModelConfig:
+    """The base's shape with the adapter's vocabulary, and untied where the adapter makes the two ends differ."""
+    config, whole = source.config, adapter.whole
+    sizes = [info.shape[0] for name, info in whole.items() if name in (EMBEDDING, OUTPUT)]
+    if len(set(sizes)) > 1:
+        raise UserError(f"{adapter.path}: its embedding and output layer are of vocabularies of different size")
+    vocab_size = sizes[0] if sizes else config.vocab_size
+    tied = config.tie_word_embeddings
+    if vocab_size != config.vocab_size and not tied and len(sizes) == 1:
+        raise UserError(
+            f"{adapter.path} changes the vocabulary from {config.vocab_size} to {vocab_size} tokens in only one of"
+            " embed_tokens and lm_head, or was trained on another model"
+        )
+    if tied and sizes and (vocab_size == config.vocab_size or len(sizes) == 2):
+        ends = [adapter.read(name) if name in whole else source.read(EMBEDDING) for name in (EMBEDDING, OUTPUT)]
+        tied = bool(adapter.said.get("ensure_weight_tying")) or torch.equal(*ends)
+    return dataclasses.replace(config, vocab_size=vocab_size, tie_word_embeddings=tied)
+
+
+def _untied(base: Source) -> Source:
+    config = dataclasses.replace(base.config, tie_word_embeddings=False)
+    return dataclasses.replace(
+        base,
+        config=config,
+        hf_config={**base.hf_config, "tie_word_embeddings": False},
+        tensors=in_model_order(config, {**base.tensors, OUTPUT: base.tensors[EMBEDDING]}),
+        reader=lambda name, index: base.read(EMBEDDING if name == OUTPUT else name, index),
+    )
+
+
+def _tokenizer(source: Source, adapter: Adapter, vocab_size: int) -> Tokenizer | None:
+    """The one saved with the adapter, whose template it was trained with; the base's when that has too many tokens."""
+    own = adapter.tokenizer()
+    if own is not None and own.vocab_size <= vocab_size:
+        return own
+    if own is not None:
+        print(
+            f"note: {adapter.path} carries a tokenizer of {own.vocab_size} tokens for a model of {vocab_size};"
+            " the base's is used.",
+            file=sys.stderr,
+        )
+    return source.tokenizer()
