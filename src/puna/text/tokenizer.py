@@ -206,7 +206,7 @@ class Tokenizer:
         parts, model = self._parts, state(self._backend.model) or {}
         added = self._backend.get_added_tokens_decoder()
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
-        facts = {
+        facts: dict[str, Any] = {
             "vocab": self._backend.get_vocab(with_added_tokens=True),
             "merges": merges,
             "words": patterns(self._backend) or state(self._backend.pre_tokenizer),
