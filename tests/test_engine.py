@@ -1,6 +1,6 @@
 """The engine gives a request the tokens that a whole forward per token would give it, whatever happens around it.
 
-On a tiny random model in float64, in which equality is exact: nothing is so nearly a tie that the order of sums decides.
+On a tiny random model in float64, in which equality is exact: nothing is so near a tie that the order of sums decides.
 """
 
 import copy
@@ -155,7 +155,7 @@ def cases(loaded: Tiny) -> list[Case]:
 
 
 def drain(engine: Engine) -> dict[str, RequestOutput]:
-    """Step until nothing is left to do. The scheduler must be sound after every step, and the cache whole at the end."""
+    """Step until nothing is left to do. The scheduler must be sound after every step, and the cache free at the end."""
     done = {}
     while engine.busy:
         for output in engine.step():
@@ -367,7 +367,7 @@ BEAMS: list[dict[str, Any]] = [
 def test_beams_are_those_of_transformers(
     tiny_checkpoint, theirs: LlamaForCausalLM, cases: list[Case], blocks: int, batch_tokens: int
 ):
-    """All at once and beside other requests, preempted where the cache is tight; in float32, as transformers searches."""
+    """All at once and beside other requests, preempted where the cache is tight; in float32, as transformers does."""
     tiny = load(tiny_checkpoint(), dtype=torch.float32)
     engine = tiny.engine(blocks=blocks, batch_tokens=batch_tokens)
     draw = random.Random(batch_tokens)
@@ -629,6 +629,34 @@ def test_padding_of_graphs_keeps_nan_apart(tiny: Tiny, cases: list[Case]):
     """The padding rows' token, 0, may be one that is not a number."""
     without = [case for case in cases if case.params.num_beams == 1 and not any(0 in each for each in case.expected)]
     check(poison(tiny, 0).engine(runner=graph_runner), without)
+
+
+class Interrupted(EagerRunner):
+    """Stops in every third step, in which it has written some of what it should."""
+
+    steps = 0
+
+    def run(self, batch: Batch) -> Tensor:
+        self.steps += 1
+        logits = super().run(batch)
+        if self.steps % 3 == 0:
+            self.cache[:, :, :, [chunk.sequence.blocks[-1] for chunk in batch.chunks]] += 1
+            raise KeyboardInterrupt
+        return logits
+
+
+def test_an_interrupted_step_is_done_again(tiny: Tiny, cases: list[Case]):
+    engine = tiny.engine(runner=Interrupted)
+    ids = [engine.add(case.prompt, case.params) for case in cases]
+    done, interrupted = {}, 0
+    while engine.busy:
+        try:
+            done |= {output.id: output for output in engine.step()}
+        except KeyboardInterrupt:
+            interrupted += 1
+        engine.scheduler.check()
+    assert interrupted > 3
+    assert [tokens_of(done[id]) for id in ids] == [case.expected for case in cases]
 
 
 # Requests that are refused

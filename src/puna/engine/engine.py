@@ -113,15 +113,21 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute the next batch; gives the requests that ended with it."""
-        done = [out for op, value in self._share(self._inbox) if (out := self._take(op, value))]
+        told = self._share(self._inbox)
         self._inbox = []
+        done = [out for op, value in told if (out := self._take(op, value))]
         batch = self.scheduler.schedule()
         if not batch.chunks:
             return done
-        logits = self.runner.run(batch)
+        try:
+            logits = self.runner.run(batch)
+            self.scheduler.update(batch)
+            decisions = list(self._decide(batch, logits)) if self._leads else None
+        except BaseException:  # Ctrl-C, or no memory: what was scheduled is not done, and may be done again
+            self.scheduler.preempt_all()
+            raise
         self.computed_tokens += batch.num_tokens
-        self.scheduler.update(batch)
-        for decision in self._share(list(self._decide(batch, logits)) if self._leads else None):
+        for decision in self._share(decisions):
             self._apply(*decision)
         stepped = {chunk.request.id: chunk.request for chunk in batch.chunks}
         return done + [self._finish(request) for request in stepped.values() if self._over(request)]

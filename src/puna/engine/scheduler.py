@@ -40,11 +40,8 @@ class Scheduler:
         while i < len(self.running):
             if self._place(self.running[i], batch):
                 i += 1
-                continue
-            victim = self.running.pop()  # the newest, at worst this one itself; never one that is in the batch already
-            self._release(victim)
-            self.waiting.appendleft(victim)
-            self.preemptions += 1
+            else:
+                self._preempt()  # at worst this one itself; never one that is in the batch already
         while self.waiting and batch.num_tokens < self.max_tokens:
             request = self.waiting[0]
             full = sum(r.width for r in self.running) + request.width > self.max_sequences
@@ -59,6 +56,11 @@ class Scheduler:
             seq = chunk.sequence
             seq.computed = chunk.start + chunk.count
             self.pool.register(seq.tokens, seq.blocks, seq.serials, seq.computed)
+
+    def preempt_all(self) -> None:
+        """Let everything be computed anew."""
+        while self.running:
+            self._preempt()
 
     def branch(self, request: Request, parents: list[int]) -> None:
         """Replace the request's sequences by one continuation of each of `parents` (indices; one may occur many times).
@@ -106,6 +108,13 @@ class Scheduler:
             assert len(seq.blocks) * self.pool.block_size >= seq.computed
         waiting = [seq for request in self.waiting for seq in request.sequences]
         assert not any(seq.blocks for seq in waiting), "a waiting request has blocks"
+
+    def _preempt(self) -> None:
+        """Take the newest running request's blocks away."""
+        victim = self.running.pop()
+        self._release(victim)
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
 
     def _release(self, request: Request) -> None:
         for seq in request.sequences:
