@@ -131,6 +131,7 @@ class LLM:
         with agree():
             where = choose_device(device)
             generation: dict[str, Any] = {}
+            stop_ids: tuple[int, ...] = ()
             if weights == "random" and str(model) in PRESETS:
                 self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
                 self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
@@ -138,9 +139,11 @@ class LLM:
                 with open_source(model, revision=revision) as source:
                     kind = choose_dtype(dtype, source)
                     self.config, generation = source.config, source.generation
+                    stop_ids = _stop_ids(source)
                     self.tokenizer = source.tokenizer()
                     if self.tokenizer is not None:
                         self.tokenizer.check_fits(self.config.vocab_size)
+                        stop_ids = self.tokenizer.stop_ids
                         if template is not None:
                             self.tokenizer = self.tokenizer.with_template(template)
                     if weights == "random":
@@ -162,7 +165,7 @@ class LLM:
             BlockPool(blocks, BLOCK_SIZE, prefix_caching=prefix_caching),
             limits,
             self.tokenizer,
-            stop_ids=self.tokenizer.stop_ids if self.tokenizer else (),
+            stop_ids=stop_ids,
             seed=seed,
             share=tp.share if tp else None,
             leads=tp is None or tp.rank == 0,
@@ -239,8 +242,8 @@ class LLM:
         return self.tokenizer.encode(text, bos=False), text
 
     def _default(self, prompt_len: int) -> SamplingParams:
-        """The checkpoint's own parameters, its length cut to what the context leaves."""
-        wanted, room = self.defaults.max_tokens, max(1, self.max_model_len - prompt_len)
+        """The checkpoint's own parameters, its length cut to what context and cache leave."""
+        wanted, room = self.defaults.max_tokens, max(1, min(self.max_model_len, self.kv_tokens) - prompt_len)
         return replace(self.defaults, max_tokens=min(wanted, room)) if wanted else self.defaults
 
     # Many at once
@@ -330,6 +333,14 @@ class LLM:
                 levels += [level for _, level, _ in result.prompt_logprobs or []]
             out.append(Scored(tokens, levels))
         return out
+
+
+def _stop_ids(source: Source) -> tuple[int, ...]:
+    """The end tokens of a checkpoint that has no tokenizer to name them."""
+    for settings in (source.generation, source.hf_config):
+        if (ends := settings.get("eos_token_id")) is not None:
+            return tuple(ends) if isinstance(ends, list) else (ends,)
+    return ()
 
 
 def _context(config: ModelConfig, asked: int | None) -> int:
