@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,3 +34,65 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_caus
 def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention over a batch of whole sequences, [B, T, H, D]."""
     return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True).transpose(1, 2)
+
+
+def packed(documents: Tensor) -> Attend:
+    """Causal attention within each document of packed rows; documents [B, T] int, equal within one, one after another.
+
+    On a CPU each document is attended to alone, at the cost of the sum of their squared lengths.
+    """
+    order = torch.arange(documents.shape[1], device=documents.device)
+    if documents.is_cuda:
+        return by_document(documents, documents, order, order)
+    changes = documents[:, 1:] != documents[:, :-1]
+    rows = [[0, *(row.nonzero().squeeze(-1) + 1).tolist(), documents.shape[1]] for row in changes]
+    if all(len(bounds) == 2 for bounds in rows):
+        return causal
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = []
+        for row, bounds in enumerate(rows):
+            parts = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+            out.append(torch.cat([causal(layer, *(x[row : row + 1, part] for x in (q, k, v))) for part in parts], 1))
+        return torch.cat(out)
+
+    return attend
+
+
+def by_document(queries: Tensor, keys: Tensor, query_order: Tensor, key_order: Tensor) -> Attend:
+    """Attention of queries with document numbers [B, T] and places in their row [T] over keys with [B, P] and [P].
+
+    A query sees the keys of its document that come no later. On a GPU one kernel skips what no query sees
+    (FlexAttention, arXiv 2412.05496); elsewhere, and without Triton, a mask [B, T, P] is made: the slow twin.
+    """
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (queries[row, query] == keys[row, key]) & (query_order[query] >= key_order[key])
+
+    if queries.is_cuda and importlib.util.find_spec("triton"):
+        flex, make_mask = _flex()
+        blocks = make_mask(sees, queries.shape[0], None, queries.shape[1], keys.shape[1], queries.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return flex(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+
+        return attend
+    mask = (queries.unsqueeze(2) == keys.unsqueeze(1)) & (query_order.unsqueeze(1) >= key_order)
+    return masked(mask)
+
+
+def masked(visible: Tensor) -> Attend:
+    """Attention by a mask, bool [B, T, P], of the keys that each query sees."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible.unsqueeze(1)).transpose(1, 2)
+
+    return attend
+
+
+@functools.cache
+def _flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)

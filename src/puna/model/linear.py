@@ -21,24 +21,26 @@ class Scheme(Protocol):
 class Linear(nn.Module):
     """y = x W^T + b, W [out_features, in_features].
 
-    `scheme` replaces the stored weight and the product (quantised, packed); `adapter` adds a low-rank update. Neither
-    knows of the other. Collectives are not here: `Attention` and `MLP` do one per region.
+    `read(self, name)` gives the weight and bias to compute with, here those that are stored; a layout for training may
+    store them otherwise. `scheme` replaces the stored weight and the product (quantised, packed); `adapter` adds a
+    low-rank update. None knows of the others. Collectives are not here: `Attention` and `MLP` do one per region.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.read: Callable[[nn.Module, str], Tensor] = getattr
         self.scheme: Scheme | None = None
         self.adapter: Callable[[Tensor], Tensor] | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """Everything but the bias, which a row-split layer adds after its partial products were summed."""
-        y = F.linear(x, self.weight) if self.scheme is None else self.scheme.matmul(x, self)
+        y = F.linear(x, self.read(self, "weight")) if self.scheme is None else self.scheme.matmul(x, self)
         return y if self.adapter is None else y + self.adapter(x)
 
     def add_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.read(self, "bias")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add_bias(self.product(x))

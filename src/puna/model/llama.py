@@ -30,9 +30,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.read: Callable[[nn.Module, str], Tensor] = getattr
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.read(self, "weight"), self.eps)
 
 
 class Embedding(nn.Module):
@@ -43,13 +44,15 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.first: int | None = None
         self.leave: Callable[[Tensor], Tensor] = identity
+        self.read: Callable[[nn.Module, str], Tensor] = getattr
 
     def forward(self, ids: Tensor) -> Tensor:
+        weight = self.read(self, "weight")
         if self.first is None:
-            return F.embedding(ids, self.weight)
+            return self.leave(F.embedding(ids, weight))
         local = ids - self.first
-        outside = (local < 0) | (local >= self.weight.shape[0])
-        x = F.embedding(local.masked_fill(outside, 0), self.weight)
+        outside = (local < 0) | (local >= weight.shape[0])
+        x = F.embedding(local.masked_fill(outside, 0), weight)
         return self.leave(x.masked_fill(outside.unsqueeze(-1), 0))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -35,10 +35,11 @@ class LoRA(nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, dropout
+        self.read: Callable[[nn.Module, str], Tensor] = getattr
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+        a, b = self.read(self, "a").to(x.dtype), self.read(self, "b").to(x.dtype)
+        return F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b) * self.scale
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,17 @@ def add_lora(model: Llama, options: LoraOptions, *, seed: int = 0) -> list[str]:
     return names
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` is the name, its end after a dot, or a regular expression for the whole of it."""
+    return name == pattern or name.endswith(f".{pattern}") or bool(re.fullmatch(pattern, name))
+
+
 def select(patterns: Iterable[str], names: list[str], what: str) -> list[str]:
-    """Those of `names` that a pattern matches: as the name, as its end after a dot, or as a regular expression for the
-    whole of it. Raises UserError for a pattern that matches none.
-    """
+    """Those of `names` that one of the patterns matches. Raises UserError for a pattern that matches none."""
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
         try:
-            found = found or [name for name in names if re.fullmatch(pattern, name)]
+            found = [name for name in names if matches(pattern, name)]
         except re.error as error:
             raise UserError(f"{pattern!r} is neither a {what} nor a regular expression: {error}.") from None
         if not found:
