@@ -3,12 +3,17 @@
 The peers are transformers and peft; every comparison is in float32 on tiny random models.
 """
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from puna.api import LLM, load
 from puna.build import load_model
+from puna.errors import UserError
 from puna.model.attend import causal
+from puna.model.linear import Linear
 from puna.model.lora import LoraOptions, add_lora, lora_tensors, saved
 from puna.weights.merge import merge
 from puna.weights.peft import read_adapter, write_adapter
@@ -154,3 +159,150 @@ def test_an_untrained_adapter_of_ours_changes_nothing(tiny_checkpoint, tmp_path)
         tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
         write_adapter(tmp_path / "a", tensors, source.config, options)
         assert torch.equal(logits(merged(source, read_adapter(tmp_path / "a"))), before)
+
+
+def test_an_adapter_is_merged_when_a_model_is_loaded_to_generate(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    expected = theirs(base, tmp_path / "a", ADAPTERS["every layer"])
+    with LLM(base, adapter=tmp_path / "a", device="cpu", kv_tokens=256) as llm:
+        scored = llm.score(IDS.tolist())
+        assert type(llm.model.layers["0"].self_attn.qkv_proj) is Linear  # fused like any
+    for row, ids, score in zip(expected.log_softmax(-1), IDS, scored, strict=True):
+        wanted = row[:-1].gather(-1, ids[1:, None]).flatten()
+        assert (torch.tensor(score.logprobs[1:]) - wanted).abs().max() < 1e-4
+
+
+def test_an_unmerged_adapter_runs_between_fused_layers(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    expected = theirs(base, tmp_path / "a", PLAIN)
+    with open_source(base) as source:
+        model = load_model(source, torch.float32, adapter=read_adapter(tmp_path / "a"), fast=True)
+    assert model.layers["0"].self_attn.qkv_proj is None and model.layers["0"].mlp.gate_up_proj is not None
+    assert (logits(model) - expected).abs().max() < 1e-5
+
+
+def test_a_loaded_model_carries_its_adapter_and_the_adapters_tokenizer(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    expected = theirs(base, tmp_path / "a", PLAIN)
+    with open_source(base) as source:
+        source.tokenizer().with_template("llama2").save(tmp_path / "a")
+    model, tokenizer = load(base, adapter=tmp_path / "a", device="cpu")
+    assert (logits(model) - expected).abs().max() < 1e-5
+    assert "[INST]" in tokenizer.render([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("name", ["every layer", "saved whole"])
+def test_a_slice_of_a_merged_weight_is_that_slice_to_the_bit(name, tiny_checkpoint, tmp_path):
+    """Else a proof that reads in slices, or ranks that load theirs, would see another model."""
+    base = tiny_checkpoint(intermediate_size=777, hidden_size=96, head_dim=24)
+    theirs(base, tmp_path / "a", ADAPTERS[name])
+    with open_source(base) as source:
+        whole = merge(source, read_adapter(tmp_path / "a"))
+        for tensor, info in whole.tensors.items():
+            full = whole.read(tensor)
+            assert full.shape == info.shape and full.dtype == info.dtype
+            for start, stop in ((0, 1), (3, info.shape[0]), (250, 521), (5, 5)):
+                assert torch.equal(whole.read(tensor, (slice(start, stop),)), full[start:stop])
+            if full.dim() == 2:
+                assert torch.equal(whole.read(tensor, (slice(2, 300), slice(7, 33))), full[2:300, 7:33])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_merging_into_half_precision_rounds_once(dtype, tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint(torch_dtype=dtype)
+    theirs(base, tmp_path / "a", PLAIN)
+    adapter = read_adapter(tmp_path / "a")
+    name = "model.layers.1.mlp.down_proj"
+    with open_source(base) as source:
+        a, b = (adapter.read(f"{name}.adapter.{side}").double() for side in "ab")
+        exact = source.read(f"{name}.weight").double() + 3 * b @ a
+        model = load_model(merge(source, adapter), getattr(torch, dtype))
+    error = (model.layers["1"].mlp.down_proj.weight.double() - exact).abs()
+    half_ulp = torch.finfo(getattr(torch, dtype)).eps / 2
+    assert (error <= 1.001 * half_ulp * exact.abs() + 1e-7).all() and error.any()
+
+
+def edit(folder, **changes):
+    said = json.loads((folder / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(change(tensors), folder / "adapter_model.safetensors")
+
+
+def without(tensors, word):
+    return {name: tensor for name, tensor in tensors.items() if word not in name}
+
+
+def wider(tensors):
+    return {name: torch.cat([t, t], -1) if "1.self_attn.q_proj.lora_A" in name else t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda a: edit(a, use_dora=True), "use_dora=True, which puna does not implement"),
+        (lambda a: edit(a, bias="all"), "bias='all'"),
+        (lambda a: edit(a, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (lambda a: edit(a, fan_in_fan_out=True), "fan_in_fan_out=True"),
+        (lambda a: edit(a, trainable_token_indices=[1]), "trainable_token_indices"),
+        (lambda a: edit(a, peft_type="IA3"), "peft_type 'IA3'"),
+        (lambda a: edit(a, target_modules=None), "names no target_modules"),
+        (lambda a: edit(a, r="many"), "rank must be a whole number"),
+        (lambda a: edit(a, r=8), r"lora_A.weight has shape \[4, 96\], this model needs \[8, 96\]"),
+        (lambda a: edit(a, rank_pattern=3), "damaged"),
+        (lambda a: edit(a, target_modules="(q_proj"), "damaged regular expression"),
+        (
+            lambda a: edit(a, target_modules=["q_proj", "v_proj", "up_proj"]),
+            "down_proj.lora_A.weight, which this model",
+        ),
+        (
+            lambda a: edit(a, target_modules=[*PLAIN["target_modules"], "up_proj"]),
+            "lacks .*up_proj.lora_A.* and 1 more",
+        ),
+        (lambda a: edit(a, modules_to_save=["lm_head"]), "lacks base_model.model.lm_head.weight"),
+        (
+            lambda a: edit_tensors(a, lambda t: without(t, "1.self_attn.q_proj.lora_B")),
+            "lacks .*1.self_attn.q_proj.lora_B",
+        ),
+        (lambda a: edit_tensors(a, wider), r"q_proj.lora_A.weight has shape \[4, 128\]"),
+        (
+            lambda a: edit_tensors(a, lambda t: t | {"base_model.model.x.lora_magnitude_vector": torch.ones(3)}),
+            "magnitude",
+        ),
+        (
+            lambda a: edit_tensors(a, lambda t: t | {"base_model.model.model.visual.weight": torch.ones(3)}),
+            "visual.weight",
+        ),
+        (lambda a: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+        (lambda a: (a / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda a: (a / "adapter_config.json").write_text("{"), "isn't JSON"),
+    ],
+)
+def test_what_is_not_an_adapter_of_this_model_is_refused_by_name(spoil, said, tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    theirs(base, tmp_path / "a", PLAIN)
+    spoil(tmp_path / "a")
+    with open_source(base) as source, pytest.raises(UserError, match=said):
+        merge(source, read_adapter(tmp_path / "a"))
+
+
+def test_an_adapter_of_another_size_of_model_is_refused_by_name(tiny_checkpoint, tmp_path):
+    theirs(tiny_checkpoint(num_hidden_layers=3), tmp_path / "deeper", PLAIN)
+    theirs(tiny_checkpoint(hidden_size=32, head_dim=8), tmp_path / "narrower", PLAIN)
+    with open_source(tiny_checkpoint()) as source:
+        with pytest.raises(UserError, match=r"model.layers.2.* no place for .*another model"):
+            merge(source, read_adapter(tmp_path / "deeper"))
+        with pytest.raises(UserError, match=r"has shape \[32, 4\], this model needs \[64, 4\]: .*another model"):
+            merge(source, read_adapter(tmp_path / "narrower"))
+
+
+def test_a_cut_file_is_refused(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    theirs(base, tmp_path / "a", PLAIN)
+    file = tmp_path / "a/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(UserError, match="cut off"):
+        read_adapter(tmp_path / "a")

@@ -32,6 +32,8 @@ from puna.model.presets import PRESETS
 from puna.parallel.launch import serve, start
 from puna.progress import meter
 from puna.text import Tokenizer
+from puna.weights.merge import merge, replaced
+from puna.weights.peft import read_adapter
 from puna.weights.source import Source, open_source
 
 Message = Mapping[str, Any]
@@ -93,20 +95,28 @@ def choose_dtype(dtype: str, source: Source | None) -> torch.dtype:
 
 
 def load(
-    ref: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+    ref: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Llama, Tokenizer]:
-    """The plain model (nothing fused) and tokenizer of a checkpoint, to call or to take apart."""
+    """The plain model (nothing fused, `adapter` unmerged) and tokenizer of a checkpoint, to call or to take apart."""
     with open_source(ref, revision=revision) as source:
-        tokenizer = source.tokenizer()
+        lora = read_adapter(adapter) if adapter is not None else None
+        tokenizer = (replaced(source, lora) if lora else source).tokenizer()
         if tokenizer is None:
             raise UserError(f"{ref} carries no tokenizer; put the model's tokenizer files beside the weights.")
-        return load_model(source, choose_dtype(dtype, source), choose_device(device)), tokenizer
+        return load_model(source, choose_dtype(dtype, source), choose_device(device), adapter=lora), tokenizer
 
 
 class LLM:
     """A model ready to generate. Under torchrun it is split over the ranks: rank 0 runs the script, the others serve.
 
-    Raises UserError for whatever the user can put right. Close it, or use it as a context manager, when ranks are many.
+    A LoRA `adapter` (a directory in peft's layout) is merged into the weights as they are loaded, and runs as fast as
+    the plain model. Raises UserError for whatever the user can put right. Close it, or use it as a context manager,
+    when ranks are many.
     """
 
     def __init__(
@@ -117,6 +127,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         weights: str = "auto",
+        adapter: str | Path | None = None,
         template: str | None = None,
         max_model_len: int | None = None,
         kv_tokens: int | None = None,
@@ -132,11 +143,15 @@ class LLM:
             where = choose_device(device)
             generation: dict[str, Any] = {}
             stop_ids: tuple[int, ...] = ()
+            if weights == "random" and adapter is not None:
+                raise UserError("an adapter belongs to a model's own weights; leave it out, or weights=random.")
             if weights == "random" and str(model) in PRESETS:
                 self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
                 self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
             elif weights in ("auto", "random"):
                 with open_source(model, revision=revision) as source:
+                    if adapter is not None:
+                        source = merge(source, read_adapter(adapter))
                     kind = choose_dtype(dtype, source)
                     self.config, generation = source.config, source.generation
                     stop_ids = _stop_ids(source)

@@ -21,6 +21,7 @@ class ModelOptions:
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU when there is one")
     dtype: Dtype = option("auto", "data type of the weights in memory; auto is the checkpoint's own")
     weights: Literal["auto", "random"] = option("auto", "random: no weights are read, to time any size")
+    adapter: Path | None = option(None, "directory of a LoRA adapter in peft's layout, merged into the weights at load")
     template: str | None = option(None, "chat template: a built-in (chatml, llama2, alpaca, vicuna) or a Jinja file")
     max_model_len: int | None = option(None, "longest prompt plus answer, in tokens; the config's own when not given")
     kv_tokens: int | None = option(None, "tokens that the KV cache holds; sized from free memory when not given")

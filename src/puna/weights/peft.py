@@ -149,7 +149,9 @@ def attach(model: Llama, adapter: Adapter, *, rank: int = 0, size: int = 1) -> N
             part = adapter.read(name)[tp_slice(name, adapter.tensors[name].shape, model.config, rank, size)]
             # A copy even where nothing is converted: the reader gives views of a file.
             parts.append(part.to(linear.weight.device, linear.weight.dtype, copy=True).contiguous())
-        linear.adapter = LoRA(*parts, adapter.options.scale_of(module), adapter.options.dropout).requires_grad_(False)
+        a, b = parts
+        scale, dropout = adapter.options.scale_of(module), adapter.options.dropout
+        linear.adapter = LoRA(a, b, scale, dropout).requires_grad_(False)
         linear.adapter.train(model.training)
 
 
