@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -106,7 +107,7 @@ class Chat:
         pieces.close()  # aborts the request when it was stopped
         print(flush=True)
         if pressed:
-            if not self.terminal:
+            if not self.terminal or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun was told too, and ends all
                 raise KeyboardInterrupt
             _note("[stopped]")
         self.messages.append({"role": "assistant", "content": text})
