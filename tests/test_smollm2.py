@@ -1,7 +1,7 @@
-"""The engine on real weights: SmolLM2-135M-Instruct in float32 answers the same alone, in a batch, in chunks, preempted.
+"""Real weights: SmolLM2-135M-Instruct in float32 answers the same alone, in a batch, in chunks, and preempted.
 
-Sums in another order may turn a near tie, and all that follows: where the two likeliest tokens were closer than 1e-3 the
-comparison of that answer ends, and is counted.
+Sums in another order may turn a near tie, and all that follows: where the two likeliest tokens were closer than 1e-3
+the comparison of that answer ends, and is counted.
 """
 
 from pathlib import Path
@@ -65,7 +65,7 @@ def answers(engine: Engine, prompts: list[list[int]], params: SamplingParams = G
 
 
 def check(found: list[Completion], expected: list[Completion], report) -> None:
-    """Equal tokens, but for what comes after a near tie; `report` gets how many of those there were, and few they are."""
+    """Equal tokens, but for what comes after a near tie; `report` gets how many there were, and few they must be."""
     ties = 0
     for ours, theirs in zip(found, expected, strict=True):
         for entry, other in zip(ours.logprobs or [], theirs.logprobs or [], strict=False):
@@ -111,7 +111,6 @@ def test_preempted_requests_answer_as_others(llm, prompts, alone, record_propert
 @pytest.mark.full
 def test_samples_in_a_batch_are_those_of_each_alone(llm, prompts):
     """A draw may fall on the edge between two tokens, whatever their gap: that is as rare as the error is small."""
-    together = answers(engine(llm), prompts, SAMPLED)
     alone = [answers(engine(llm), [prompt], SAMPLED)[0] for prompt in prompts]
     pairs = zip(alone, answers(engine(llm), prompts, SAMPLED), strict=True)
     differ = [ours.text for ours, theirs in pairs if ours.token_ids != theirs.token_ids]
