@@ -119,6 +119,25 @@ def test_generate_under_torchrun(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.full
+def test_smollm2_on_three_ranks(smollm2, tmp_path):
+    """In float32: equal tokens, but where the two likeliest are closer than 1e-3."""
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    words = ("--file", rows, "--dtype", "float32", "--max-tokens", 24, "--logprobs", 2)
+    out, _ = torchrun(3, "generate", smollm2, *words).communicate(timeout=5 * SECONDS)
+    params = SamplingParams(max_tokens=24, logprobs=2)
+    alone = LLM(smollm2, dtype="float32").generate(prompts, params)
+    for line, answer in zip(out.splitlines(), alone, strict=True):
+        split, whole = json.loads(line)["choices"][0]["logprobs"], answer.outputs[0].logprobs
+        for one, (token, level, top) in zip(split, whole, strict=False):
+            if one["id"] != token:
+                assert top[0][1] - top[1][1] < 1e-3
+                break
+            assert one["logprob"] == pytest.approx(level, abs=1e-3)
+
+
+@pytest.mark.full
 def test_chat_under_torchrun(tiny_checkpoint):
     words = ("chat", tiny_checkpoint(), "--dtype", "float64", "--max-tokens", "8", "--verbose")
     running = torchrun(2, *words, stdin=subprocess.PIPE)

@@ -9,12 +9,10 @@ import pickle
 import sys
 import zlib
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from launching import launch
 from puna.build import load_model
@@ -24,7 +22,8 @@ from puna.engine.params import SamplingParams
 from puna.engine.runner import make_runner
 from puna.model.attend import causal
 from puna.model.config import ModelConfig
-from puna.parallel.tensor import MESSAGE, TensorParallel
+from puna.parallel.launch import start
+from puna.parallel.tensor import MESSAGE
 from puna.text import Tokenizer
 
 BASE = ModelConfig(
@@ -141,9 +140,7 @@ def state(engine):
 
 def work(folder, checkpoint):
     """What each rank does in the launch of its world size; what it found goes into a file."""
-    dist.init_process_group("gloo")
-    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=1))
-    tp = TensorParallel(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
+    tp = start("cpu")
     found = {"logits": {}, "plain": {}, "taken": {}}
     for name, config in LAYOUTS.items():
         found["logits"][name] = logits(config, tp)
@@ -161,7 +158,6 @@ def work(folder, checkpoint):
         engine.follow()
     found["state"] = state(engine)
     Path(folder, f"{tp.rank}.pickle").write_bytes(pickle.dumps(found))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
