@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,6 +83,15 @@ def gather(cache: Tensor, blocks: Tensor | slice, rows: int, length: int) -> tup
     return part[0], part[1]
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory page by page as they are written to. torch.zeros writes to all of them on the CPU, which
+    for a cache of many gigabytes takes seconds, and the memory from others."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+
+
 class EagerRunner:
     """The model in eager torch, on the CPU or a GPU."""
 
@@ -89,9 +99,8 @@ class EagerRunner:
         self.model, self.block_size = model, block_size
         weight = model.embed_tokens.weight
         self.device = weight.device
-        # Zeros, not whatever memory held: masked scores must be finite. The pages are only touched when they are used.
-        shape = cache_shape(model, num_blocks, block_size)
-        self.cache = torch.zeros(shape, dtype=weight.dtype, device=self.device)
+        # Zeros, not whatever memory held: masked scores must be finite.
+        self.cache = zeros(cache_shape(model, num_blocks, block_size), weight.dtype, self.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
