@@ -27,6 +27,7 @@ from puna.errors import UserError
 from puna.text import Tokenizer
 
 Share = Callable[[Any], Any]  # rank 0's value on every rank
+GREEDY = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class Engine:
                 beams.setdefault(request.id, []).append(row - 1)
                 continue
             if not chunk.samples:  # looked at all the same: keys and values that are not numbers must not stay
-                rows.append(Row(SamplingParams(), 0, 0))
+                rows.append(Row(GREEDY, 0, 0))
                 at.append(row - 1)
                 owners.append((request, None))
                 continue

@@ -82,7 +82,7 @@ class GraphRunner(EagerRunner):
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         chunks = batch.chunks
-        if batch.copies or len(chunks) > MAX_ROWS or any(c.count > 1 or len(c.logit_rows) != 1 for c in chunks):
+        if batch.copies or len(chunks) > MAX_ROWS or any(c.count > 1 for c in chunks):
             return super().run(batch)
         rows = _bucket(len(chunks))
         width = _bucket(max(c.start // self.block_size + 1 for c in chunks))
