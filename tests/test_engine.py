@@ -521,6 +521,22 @@ def test_prompt_logprobs_in_chunks_under_preemption_on_a_warm_cache(tiny: Tiny, 
     assert blocks > 30 or engine.scheduler.preemptions
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_other_dtypes_come_near(tiny_checkpoint, tiny: Tiny, cases: list[Case], dtype: torch.dtype, error: float):
+    """Log-probabilities of prompt and output, in chunks beside others, are those of float64 up to rounding."""
+    engine = load(tiny_checkpoint(), dtype=dtype).engine(batch_tokens=16)
+    ids = [engine.add(case.prompt, replace(case.params, prompt_logprobs=0, logprobs=0)) for case in cases]
+    done = drain(engine)
+    for output in (done[id] for id in ids):
+        assert output.error is None
+        for completion in output.outputs:
+            tokens = output.prompt_token_ids + completion.token_ids
+            levels = tiny.logits(tokens).log_softmax(-1)
+            found = [level for _, level, _ in [*(output.prompt_logprobs or []), *(completion.logprobs or [])]]
+            expected = [levels[i, token].item() for i, token in enumerate(tokens[1:])]
+            assert found == pytest.approx(expected, abs=error)
+
+
 def test_more_alternatives_than_the_vocabulary_has(tiny: Tiny):
     found = one(tiny.engine(), PROMPT, SamplingParams(max_tokens=1, logprobs=10**6, prompt_logprobs=10**6))
     vocab = tiny.model.config.vocab_size
