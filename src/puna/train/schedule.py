@@ -1,0 +1,54 @@
+"""The learning rate as a pure function of the step, so that a resumed run needs no state for it.
+
+The formulas are those of transformers' `get_scheduler`, with a floor `min_lr` besides: the factor f in [0, 1] becomes
+min_lr + f (lr - min_lr) after the warm-up.
+"""
+
+from __future__ import annotations
+
+import math
+
+from puna.errors import UserError
+from puna.train.options import ScheduleOptions
+
+
+def check_schedule(options: ScheduleOptions, lr: float) -> None:
+    """Raises UserError for values that no schedule can have."""
+    if not 0 <= options.min_lr <= lr:
+        raise UserError(f"schedule.min_lr {options.min_lr:g} must lie between 0 and optim.lr {lr:g}.")
+    if not 0 <= options.warmup_ratio < 1 or (options.warmup_steps or 0) < 0:
+        raise UserError("schedule: warmup_ratio is a share of the steps from 0 to below 1, warmup_steps 0 or more.")
+    if options.cycles < 1 or options.power <= 0 or not 0 < options.decay_ratio <= 1:
+        raise UserError("schedule: cycles must be 1 or more, power above 0, decay_ratio above 0 and at most 1.")
+
+
+def warmup(options: ScheduleOptions, steps: int) -> int:
+    """Steps of the warm-up of a run of `steps`."""
+    return math.ceil(steps * options.warmup_ratio) if options.warmup_steps is None else options.warmup_steps
+
+
+def learning_rate(options: ScheduleOptions, lr: float, step: int, steps: int) -> float:
+    """The rate of step `step`, counted from 0, of a run of `steps`."""
+    ramp = warmup(options, steps)
+    if step < ramp:
+        return lr * step / ramp
+    return options.min_lr + _factor(options, step - ramp, max(1, steps - ramp), steps) * (lr - options.min_lr)
+
+
+def _factor(options: ScheduleOptions, done: int, after: int, steps: int) -> float:
+    """The share of the way from min_lr to lr, `done` steps of the `after` that follow the warm-up."""
+    progress = min(1.0, done / after)
+    match options.name:
+        case "linear":
+            return 1 - progress
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "cosine_restarts":
+            return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (progress * options.cycles % 1)))
+        case "polynomial":
+            return (1 - progress) ** options.power
+        case "wsd":
+            decay = min(after, max(1, round(steps * options.decay_ratio)))
+            return min(1.0, max(0.0, (after - done) / decay))
+        case _:
+            return 1.0
