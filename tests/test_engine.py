@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM
 from puna.build import load_model
 from puna.engine.beam import BeamSearch
 from puna.engine.blocks import BlockPool
-from puna.engine.engine import Engine, Limits
+from puna.engine.engine import Engine
 from puna.engine.graphs import GraphRunner
+from puna.engine.limits import Limits
 from puna.engine.output import Completion, RequestOutput
 from puna.engine.params import SamplingParams
 from puna.engine.runner import EagerRunner

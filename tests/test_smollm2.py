@@ -10,7 +10,8 @@ import pytest
 
 from puna import LLM, SamplingParams
 from puna.engine.blocks import BlockPool
-from puna.engine.engine import Engine, Limits
+from puna.engine.engine import Engine
+from puna.engine.limits import Limits
 from puna.engine.output import Completion
 from puna.engine.runner import EagerRunner
 

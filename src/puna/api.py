@@ -20,7 +20,8 @@ import torch
 
 from puna.build import DTYPES, load_model, random_model
 from puna.engine.blocks import BlockPool
-from puna.engine.engine import Engine, Limits
+from puna.engine.engine import Engine
+from puna.engine.limits import Limits
 from puna.engine.memory import cache_blocks
 from puna.engine.output import RequestOutput
 from puna.engine.params import SamplingParams

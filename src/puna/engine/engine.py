@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from puna.engine.beam import BeamSearch
 from puna.engine.blocks import BlockPool
-from puna.engine.output import Completion, Logprob, RequestOutput, TextStream
+from puna.engine.limits import Limits
+from puna.engine.output import RequestOutput, TextStream, completions
 from puna.engine.params import SamplingParams
 from puna.engine.runner import Runner
 from puna.engine.sampler import NanLogits, Row, Sampled, fork_seed, sample, token_logprobs
@@ -28,16 +28,6 @@ from puna.text import Tokenizer
 
 Share = Callable[[Any], Any]  # rank 0's value on every rank
 GREEDY = SamplingParams()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask of the engine. Lengths in tokens."""
-
-    vocab_size: int
-    max_model_len: int
-    max_batch_tokens: int = 2048
-    max_num_seqs: int = 256
 
 
 class Engine:
@@ -85,8 +75,7 @@ class Engine:
             id = next(name for n in count(self._count) if (name := str(n)) not in self.requests)
         if id in self.requests:
             raise UserError(f"there is already a request {id!r}; give each its own id.")
-        max_len = self._max_len(prompt, params, score_only)
-        params.check_fits(self.limits.vocab_size)
+        max_len = self.limits.max_len(prompt, params, self.scheduler.pool, score_only=score_only)
         seed = params.seed if params.seed is not None else fork_seed(self.seed, self._count)
         stop_ids = () if params.ignore_eos else self.stop_ids
         sequence = Sequence(list(prompt), len(prompt), max_len, seed)
@@ -146,42 +135,6 @@ class Engine:
             return
 
     # Requests in
-
-    def _max_len(self, prompt: list[int], params: SamplingParams, score_only: bool) -> int:
-        """Tokens at which the request's sequences end. They must fit the cache even when all else is preempted."""
-        context, vocab, length = self.limits.max_model_len, self.limits.vocab_size, len(prompt)
-        if not prompt:
-            raise UserError("the prompt is empty and this tokenizer adds no BOS; give at least one token.")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            bad = next(token for token in prompt if not 0 <= token < vocab)
-            raise UserError(f"the prompt has token {bad}, but the model's vocabulary ends at {vocab - 1}.")
-        wanted = length if score_only else length + (params.max_tokens or 1)
-        if score_only and length > context:
-            raise UserError(f"the text has {length} tokens, more than the context of {context}; cut it into parts.")
-        if not score_only and length >= context:
-            raise UserError(
-                f"the prompt has {length} tokens, and the context of {context} must hold the answer too;"
-                " shorten it or raise --max-model-len."
-            )
-        if wanted > context:
-            raise UserError(
-                f"{length} prompt tokens and max_tokens {params.max_tokens} exceed the context of {context};"
-                f" ask for at most {context - length}."
-            )
-        width = max(params.n, params.num_beams)
-        if width > min(self.limits.max_batch_tokens, self.limits.max_num_seqs):
-            raise UserError(
-                f"{width} sequences at once are more than a step takes;"
-                " lower n or num_beams, or raise --max-num-seqs and --max-batch-tokens."
-            )
-        pool = self.scheduler.pool
-        room = pool.num_blocks // width * pool.block_size
-        if wanted > room:
-            raise UserError(
-                f"{width} sequence{'s' * (width > 1)} of {wanted} tokens cannot fit the cache of"
-                f" {pool.num_blocks * pool.block_size} tokens; raise --kv-tokens or ask for less."
-            )
-        return min(context, room) if params.max_tokens is None and not score_only else wanted
 
     def _take(self, op: str, value: Any) -> RequestOutput | None:
         if op == "stop":
@@ -352,64 +305,10 @@ class Engine:
             self.runner.clear(own)
         self.scheduler.remove(request)
         del self.requests[request.id]
+        search = self._beams.pop(request.id, None)
         out = RequestOutput(request.id, request.prompt, error=request.error)
         if request.score_only or request.params.prompt_logprobs is not None:
             out.prompt_logprobs = request.prompt_logprobs
         if request.error is None and not request.score_only:
-            out.outputs = self._beam_outputs(request) if request.id in self._beams else self._outputs(request)
-        self._beams.pop(request.id, None)
+            out.outputs = completions(request, self.tokenizer, search)
         return out
-
-    def _outputs(self, request: Request) -> list[Completion]:
-        outputs = []
-        for seq in sorted(request.finished, key=lambda seq: seq.index):
-            if seq.text is not None:
-                if (stop := seq.text.end()) and seq.finish_reason == "length":
-                    seq.finish_reason, seq.stop_reason = "stop", stop
-                text = seq.text.text
-            else:
-                text = self._text(request, seq.output)
-            logged = request.params.logprobs is not None
-            outputs.append(
-                Completion(
-                    index=seq.index,
-                    text=text,
-                    token_ids=seq.output,
-                    finish_reason=seq.finish_reason or "abort",
-                    stop_reason=seq.stop_reason,
-                    cumulative_logprob=seq.cumulative_logprob if logged else None,
-                    logprobs=seq.logprobs if logged else None,
-                )
-            )
-        return outputs
-
-    def _beam_outputs(self, request: Request) -> list[Completion]:
-        if any(seq.finish_reason == "abort" for seq in request.finished):
-            return []
-        outputs = []
-        for index, found in enumerate(self._beams[request.id].results()):
-            last = found.tokens[-1] if found.tokens else None
-            stopped = last in request.stop_ids
-            logprobs: list[Logprob] = [
-                (token, level, []) for token, level in zip(found.tokens, found.logprobs, strict=True)
-            ]
-            outputs.append(
-                Completion(
-                    index=index,
-                    text=self._text(request, found.tokens),
-                    token_ids=found.tokens,
-                    finish_reason="stop" if stopped else "length",
-                    stop_reason=last if stopped else None,
-                    cumulative_logprob=sum(found.logprobs),
-                    logprobs=logprobs if request.params.logprobs is not None else None,
-                    score=found.score,
-                )
-            )
-        return outputs
-
-    def _text(self, request: Request, tokens: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        if tokens and tokens[-1] in request.stop_ids:  # an end token need not be a special one to be left out
-            tokens = tokens[:-1]
-        return self.tokenizer.decode(tokens, skip_special=request.params.skip_special_tokens)

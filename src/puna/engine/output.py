@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from puna.engine.sequence import Logprob
-from puna.text import Stream
+from puna.engine.beam import BeamSearch, Hypothesis
+from puna.engine.sequence import Logprob, Request, Sequence
+from puna.text import Stream, Tokenizer
 
 
 @dataclass
@@ -36,6 +37,52 @@ class RequestOutput:
     outputs: list[Completion] = field(default_factory=list)
     prompt_logprobs: list[Logprob] | None = None
     error: str | None = None
+
+
+def completions(request: Request, tokenizer: Tokenizer | None, search: BeamSearch | None) -> list[Completion]:
+    """What an ended request has produced; none of beams that were aborted, which choose at the end."""
+    if search is None:
+        return [_completion(request, seq, tokenizer) for seq in sorted(request.finished, key=lambda seq: seq.index)]
+    if any(seq.finish_reason == "abort" for seq in request.finished):
+        return []
+    return [_beam(request, index, found, tokenizer) for index, found in enumerate(search.results())]
+
+
+def _completion(request: Request, seq: Sequence, tokenizer: Tokenizer | None) -> Completion:
+    if seq.text is None:
+        text = _decode(request, seq.output, tokenizer)
+    else:
+        if (stop := seq.text.end()) and seq.finish_reason == "length":
+            seq.finish_reason, seq.stop_reason = "stop", stop
+        text = seq.text.text
+    done = Completion(seq.index, text, seq.output, seq.finish_reason or "abort", seq.stop_reason)
+    if request.params.logprobs is not None:
+        done.cumulative_logprob, done.logprobs = seq.cumulative_logprob, seq.logprobs
+    return done
+
+
+def _beam(request: Request, index: int, found: Hypothesis, tokenizer: Tokenizer | None) -> Completion:
+    last = found.tokens[-1] if found.tokens else None
+    stopped = last in request.stop_ids
+    logprobs: list[Logprob] = [(token, level, []) for token, level in zip(found.tokens, found.logprobs, strict=True)]
+    return Completion(
+        index=index,
+        text=_decode(request, found.tokens, tokenizer),
+        token_ids=found.tokens,
+        finish_reason="stop" if stopped else "length",
+        stop_reason=last if stopped else None,
+        cumulative_logprob=sum(found.logprobs),
+        logprobs=logprobs if request.params.logprobs is not None else None,
+        score=found.score,
+    )
+
+
+def _decode(request: Request, tokens: list[int], tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        return ""
+    if tokens and tokens[-1] in request.stop_ids:  # an end token need not be a special one to be left out
+        tokens = tokens[:-1]
+    return tokenizer.decode(tokens, skip_special=request.params.skip_special_tokens)
 
 
 class TextStream:
