@@ -113,8 +113,6 @@ class EagerRunner:
         positions = [position for c in chunks for position in c.positions]
         hidden = self.model(self._ints(ids), self._ints(positions), self._attend(chunks))
         rows = _logit_rows(batch, order)
-        if not rows:
-            return hidden.new_empty(0, self.model.config.vocab_size)
         return self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[self._ints(rows)])
 
     def clear(self, blocks: Iterable[int]) -> None:
