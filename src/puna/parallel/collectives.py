@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 has renamed them, and warns where the old names are used.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def enter(group: dist.ProcessGroup, sequence: bool) -> Callable[[Tensor], Tensor]:
     """Into a split region; x [B, T, d], or with `sequence` this rank's T / size of it."""
@@ -85,12 +89,12 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Along dimension 1; the collective itself joins along the first."""
     first = x.transpose(0, 1).contiguous()
     joined = first.new_empty(first.shape[0] * group.size(), *first.shape[1:])
-    dist.all_gather_into_tensor(joined, first, group=group)
+    _gather_into(joined, first, group=group)
     return joined.transpose(0, 1).contiguous()
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     first = x.transpose(0, 1).contiguous()
     part = first.new_empty(first.shape[0] // group.size(), *first.shape[1:])
-    dist.reduce_scatter_tensor(part, first, group=group)
+    _scatter_into(part, first, group=group)
     return part.transpose(0, 1).contiguous()

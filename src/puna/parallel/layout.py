@@ -20,6 +20,7 @@ is minimised, the others are only added up ([loss + z, tokens, z]). `head.weight
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -84,6 +85,8 @@ class Layout:
                     " lower --nproc-per-node or train on the cpu."
                 )
             torch.cuda.set_device(local)
+        # Gathering a weight that is cut twice takes two steps, which torch would remark on for each shape.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
