@@ -4,25 +4,33 @@ The peers are transformers and peft; every comparison is in float32 on tiny rand
 """
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapter_ranks import IDS, logits
+from launching import launch
 from puna.api import LLM, load
 from puna.build import load_model
+from puna.cli import main
 from puna.errors import UserError
-from puna.model.attend import causal
+from puna.lora import merge_adapter
 from puna.model.linear import Linear
 from puna.model.lora import LoraOptions, add_lora, lora_tensors, saved
+from puna.weights.files import read_json
 from puna.weights.merge import merge
 from puna.weights.peft import read_adapter, write_adapter
+from puna.weights.proof import ProofError
 from puna.weights.source import open_source
+from puna.weights.staging import manifest_path
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-IDS = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(5))
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
 PLAIN = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 ADAPTERS = {
     "plain": PLAIN,
@@ -35,12 +43,6 @@ ADAPTERS = {
     "a saved MLP": PLAIN | {"modules_to_save": ["mlp"]},
     "output layer": PLAIN | {"target_modules": ["k_proj", "lm_head"]},
 }
-
-
-def logits(model):
-    positions = torch.arange(IDS.shape[1]).expand(IDS.shape)
-    with torch.inference_mode():
-        return model.logits(model(IDS, positions, causal))
 
 
 def unmerged(source, adapter):
@@ -306,3 +308,78 @@ def test_a_cut_file_is_refused(tiny_checkpoint, tmp_path):
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(UserError, match="cut off"):
         read_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype", "stored"),
+    [
+        ("hf", "auto", "float32"),
+        ("hf", "auto", "bfloat16"),
+        ("gguf", "q8_0", "float32"),
+        ("meta", "float16", "bfloat16"),
+    ],
+)
+def test_lora_merge_writes_a_checkpoint_that_is_model_and_adapter(to, dtype, stored, tiny_checkpoint, tmp_path, capsys):
+    base = tiny_checkpoint(torch_dtype=stored)
+    theirs(base, tmp_path / "a", ADAPTERS["saved whole"])
+    dst = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    words = ["lora", "merge", str(base), str(tmp_path / "a"), str(dst), "--to", to, "--dtype", dtype]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{dst}\n"
+    assert (
+        "merged: an adapter of rank 4 into 6 layers, 7 tensors replaced; before rounding its logits are within" in err
+    )
+    said = read_json(manifest_path(dst))["adapter"]
+    assert said["alpha"] == 12 and said["name"] == "a" and said["difference"] < 1e-5
+    assert str(tmp_path) not in json.dumps(read_json(manifest_path(dst))["source"])
+    with open_source(base) as source, open_source(dst) as result:
+        wanted = stored if dtype == "auto" else dtype
+        assert wanted == "q8_0" or result.hf_config["torch_dtype"] == wanted
+        expected = logits(unmerged(source, read_adapter(tmp_path / "a")))
+        limit = 1e-5 if wanted == "float32" else 0.3
+        assert (logits(load_model(result, torch.float32)) - expected).abs().max() < limit
+        assert result.tokenizer().encode("a llama") == source.tokenizer().encode("a llama")
+
+
+def test_lora_merge_refuses_to_write_over_what_it_reads(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    theirs(base, tmp_path / "a", PLAIN)
+    with pytest.raises(UserError, match="choose another destination"):
+        merge_adapter(base, tmp_path / "a", tmp_path / "a", overwrite=True)
+    assert read_adapter(tmp_path / "a").modules
+
+
+def test_a_sum_that_is_not_the_adapters_is_not_written(tiny_checkpoint, tmp_path, monkeypatch):
+    base = tiny_checkpoint()
+    theirs(base, tmp_path / "a", PLAIN)
+    monkeypatch.setattr("puna.lora.merge", lambda source, adapter: spoiled(merge(source, adapter)))
+    with pytest.raises(ProofError, match="with its adapter"):
+        merge_adapter(base, tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def spoiled(source):
+    def read(name, index):
+        tensor = source.read(name, index)
+        return tensor * 1.01 if name.endswith("1.mlp.down_proj.weight") else tensor
+
+    return replace(source, reader=read)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_ranks_compute_what_one_process_does(size, tiny_checkpoint, tmp_path):
+    """With fewer key/value heads than 4 ranks."""
+    base = tiny_checkpoint(vocab_size=387)
+    folders = {name: tmp_path / name for name in ("every layer", "output layer", "saved whole")}
+    for name, folder in folders.items():
+        theirs(base, folder, ADAPTERS[name])
+    for rank in launch(size, Path(__file__).with_name("adapter_ranks.py"), base, *folders.values()):
+        assert rank.code == 0, rank.err
+    with open_source(base) as source:
+        for folder in folders.values():
+            expected = logits(load_model(source, torch.float64, adapter=read_adapter(folder)))
+            for rank in range(size):
+                apart, one = torch.load(folder / f"{rank}.pt")
+                assert (apart - expected).abs().max() < 1e-12
+                assert (one - expected).abs().max() < 1e-5  # summed in float32

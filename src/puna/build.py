@@ -98,7 +98,7 @@ def _build(
         split(model, tp)
     _load(model, read, dtype, torch.device(device), tp, quiet)
     if adapter is not None:
-        attach(model, adapter, rank=tp.rank if tp else 0, size=tp.size if tp else 1)
+        attach(model, adapter, dtype, device, rank=tp.rank if tp else 0, size=tp.size if tp else 1)
     if fast:
         fuse(model)
         if torch.device(device).type == "cpu":

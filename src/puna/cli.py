@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     "pull": (options.PullOptions, "puna.weights.hub:run", "fetch a model into the local cache"),
     "info": (options.InfoOptions, "puna.info:run", "say what a checkpoint is"),
     "convert": (options.ConvertOptions, "puna.convert:run", "turn a checkpoint into another format, and prove it"),
+    "lora merge": (options.LoraMergeOptions, "puna.lora:run", "merge a LoRA adapter into its model, and prove it"),
     "verify": (options.VerifyOptions, "puna.verify:run", "compare two checkpoints of any format"),
     "chat": (options.ChatOptions, "puna.chat:run", "talk with a model"),
     "generate": (options.GenerateOptions, "puna.generate:run", "complete one prompt or thousands"),

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +54,43 @@ class Conversion:
     manifest: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Target:
+    """What is to be written. Raises `UserError` for what doesn't go together.
+
+    `to`: hf, gguf, meta or ranks. `dtype`: auto (each tensor's own), float32, bfloat16, float16, or for gguf q8_0.
+    `ranks`: parts of a meta or ranks result. `max_shard`: bytes of an hf weight file.
+    """
+
+    to: str = "hf"
+    dtype: str = "auto"
+    ranks: int = 1
+    max_shard: int = MAX_SHARD
+
+    def __post_init__(self) -> None:
+        if self.to not in FORMATS:
+            raise UserError(f"puna doesn't write {self.to!r}, only {', '.join(FORMATS)}{nearest(self.to, FORMATS)}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"there is no dtype {self.dtype!r}, only {', '.join(DTYPES)}{nearest(self.dtype, DTYPES)}")
+        if self.dtype == "q8_0" and self.to != "gguf":
+            raise UserError(f"q8_0 is a type of GGUF, {self.to} can't hold it: choose --to gguf or another --dtype")
+        if self.ranks != 1 and self.to not in ("meta", "ranks"):
+            raise UserError(f"{self.to} isn't split over ranks: choose --to meta or --to ranks, or leave --ranks out")
+        if self.max_shard < 1:
+            raise UserError("the largest weight file must have room for something: choose --max-shard-gb above 0")
+
+    def write(self, source: Source, path: Path) -> None:
+        dtype = DTYPES[self.dtype]
+        if self.to == "hf":
+            write_hf(source, path, dtype, max_shard=self.max_shard)
+        elif self.to == "gguf":
+            write_gguf(source, path, dtype)
+        elif self.to == "meta":
+            write_meta(source, path, dtype, shards=self.ranks)
+        else:
+            write_ranks(source, path, dtype, ranks=self.ranks)
+
+
 def run(options: ConvertOptions) -> int:
     """The verb: converts, and says on stderr what it did; on stdout stands the path."""
     done = convert(
@@ -62,9 +99,9 @@ def run(options: ConvertOptions) -> int:
         options.to,
         options.dtype,
         ranks=options.ranks,
+        max_shard=int(options.max_shard_gb * 1e9),
         revision=options.revision,
         overwrite=options.overwrite,
-        max_shard=int(options.max_shard_gb * 1e9),
         prove=options.proof,
     )
     print(summary(done), file=sys.stderr)
@@ -78,42 +115,46 @@ def convert(
     to: str = "hf",
     dtype: str = "auto",
     *,
-    ranks: int = 1,
     revision: str | None = None,
     overwrite: bool = False,
-    max_shard: int = MAX_SHARD,
     prove: bool = True,
+    **layout: Any,
 ) -> Conversion:
-    """Writes the checkpoint `src` (path, Hub id or alias) to `dst` in format `to`: hf, gguf, meta or ranks.
+    """Writes the checkpoint `src` (path, Hub id or alias) to `dst`; `to`, `dtype` and `layout` are those of `Target`.
 
-    `dtype`: auto (each tensor's own), float32, bfloat16, float16, or for gguf q8_0. `ranks`: parts of a meta or ranks
-    result. `max_shard`: bytes of an hf weight file. An existing `dst` is replaced only under `overwrite`, and only if
-    an earlier conversion wrote it. Raises `UserError` for what can't be converted, `ProofError` when the result, read
-    back, isn't its source; `dst` is then as it was.
+    An existing `dst` is replaced only under `overwrite`, and only if an earlier conversion wrote it. Raises `UserError`
+    for what can't be converted, `ProofError` when the result, read back, isn't its source; `dst` is then as it was.
     """
-    start = time.perf_counter()
-    _check_options(to, dtype, ranks, max_shard)
-    target = DTYPES[dtype]
-    writers: dict[str, Callable[[Source, Path], None]] = {
-        "hf": lambda source, path: write_hf(source, path, target, max_shard=max_shard),
-        "gguf": lambda source, path: write_gguf(source, path, target),
-        "meta": lambda source, path: write_meta(source, path, target, shards=ranks),
-        "ranks": lambda source, path: write_ranks(source, path, target, ranks=ranks),
-    }
-    dst = Path(dst)
+    target = Target(to, dtype, **layout)
     with open_source(src, revision=revision) as source:
-        _check(source, target, dst)
-        with staged(dst, overwrite) as path:
-            total = sum(info.nbytes for info in source.tensors.values())
-            with meter(f"Converting to {to}", total, "B") as advance:
-                writers[to](_metered(source, advance), path)
-            with open_source(path) as result:
-                proven = _prove(source, result, to, target) if prove else "not asked for"
-                # Where it was on this machine is no one else's business; a Hub id or an alias is.
-                name = source.path.resolve().name if Path(src).expanduser().exists() else str(src)
-                manifest = _manifest(name, source, result, dtype, proven)
-                size = sum(file.stat().st_size for file in result.files)
-            write_json(manifest_path(path), manifest)
+        # Where it was on this machine is no one else's business; a Hub id or an alias is.
+        name = source.path.resolve().name if Path(src).expanduser().exists() else str(src)
+        return write(source, dst, target, name, overwrite=overwrite, prove=prove)
+
+
+def write(
+    source: Source,
+    dst: str | Path,
+    target: Target,
+    name: str,
+    *,
+    overwrite: bool = False,
+    prove: bool = True,
+    said: Mapping[str, Any] | None = None,
+) -> Conversion:
+    """The same from an open source; the manifest calls it `name`, and holds what else is to be `said` of it."""
+    start = time.perf_counter()
+    dst, dtype = Path(dst), DTYPES[target.dtype]
+    _check(source, dtype, dst)
+    with staged(dst, overwrite) as path:
+        total = sum(info.nbytes for info in source.tensors.values())
+        with meter(f"Converting to {target.to}", total, "B") as advance:
+            target.write(_metered(source, advance), path)
+        with open_source(path) as result:
+            proven = _prove(source, result, target.to, dtype) if prove else "not asked for"
+            manifest = {**_manifest(name, source, result, target.dtype, proven), **(said or {})}
+            size = sum(file.stat().st_size for file in result.files)
+        write_json(manifest_path(path), manifest)
     return Conversion(dst, size, time.perf_counter() - start, manifest)
 
 
@@ -132,19 +173,6 @@ def summary(done: Conversion) -> str:
         f"proof: {what}{rounded} equal the source's bit for bit; logits of {logits['tokens']} tokens"
         f" {drift if logits['max_difference'] else 'are equal'}"
     )
-
-
-def _check_options(to: str, dtype: str, ranks: int, max_shard: int) -> None:
-    if to not in FORMATS:
-        raise UserError(f"puna doesn't write {to!r}, only {', '.join(FORMATS)}{nearest(to, FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"there is no dtype {dtype!r}, only {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
-    if dtype == "q8_0" and to != "gguf":
-        raise UserError(f"q8_0 is a type of GGUF, {to} can't hold it: choose --to gguf or another --dtype")
-    if ranks != 1 and to not in ("meta", "ranks"):
-        raise UserError(f"{to} isn't split over ranks: choose --to meta or --to ranks, or leave --ranks out")
-    if max_shard < 1:
-        raise UserError("the largest weight file must have room for something: choose --max-shard-gb above 0")
 
 
 def _check(source: Source, dtype: torch.dtype | str | None, dst: Path) -> None:
@@ -224,7 +252,7 @@ def _manifest(name: str, source: Source, result: Source, dtype: str, proven: dic
             "format": source.format,
             "dtype": source.hf_config["torch_dtype"],
             "rope_order": _rope_order(source.format),
-            "files": {os.path.relpath(file, base): _sha256(file) for file in files},
+            "files": {_place(file, base): _sha256(file) for file in files},
         },
         "result": {
             "format": result.format,
@@ -241,6 +269,12 @@ def _manifest(name: str, source: Source, result: Source, dtype: str, proven: dic
 
 def _rope_order(name: str) -> str:
     return "halves" if name in ("hf", "ranks") else "neighbours"
+
+
+def _place(file: Path, base: Path) -> str:
+    """The name of a source's file in the manifest: from its directory on, or, of a file far from it, its own."""
+    place = Path(os.path.relpath(file, base))
+    return str(Path(file.parent.name, file.name) if place.parts[:2] == ("..", "..") else place)
 
 
 def _sha256(file: Path) -> str:

@@ -110,6 +110,30 @@ class ConvertOptions:
 
 
 @dataclass(kw_only=True)
+class LoraMergeOptions:
+    """Merge a LoRA adapter into its model, and prove that the result computes what model and adapter do.
+
+    Sums are in float32 and rounded once, to the type that is written; how far that moves the logits is said. An adapter
+    needs no merging to be used: puna chat, generate and bench take --adapter.
+
+    Examples:
+      puna lora merge smollm2-135m-instruct ./adapter ./merged
+      puna lora merge ./llama3-8b ./adapter merged.gguf --to gguf --dtype q8_0
+    """
+
+    model: str = argument(MODEL)
+    adapter: Path = argument("directory of an adapter in peft's layout: adapter_config.json, adapter_model.safetensors")
+    dst: Path = argument("what to write: a directory, or for gguf a file")
+    to: Literal["hf", "gguf", "meta", "ranks"] = option("hf", "format to write")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = option(
+        "auto", "data type to write; auto is the one that the model is stored in; q8_0 for gguf only"
+    )
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+    overwrite: bool = option(False, "replace DST, if puna wrote it")
+    proof: bool = option(True, "compare the result with model and adapter; --no-proof leaves it out")
+
+
+@dataclass(kw_only=True)
 class VerifyOptions:
     """Compare two checkpoints in any two formats: config, tokenizer, every tensor, logits of probe prompts.
 

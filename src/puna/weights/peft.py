@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from puna.errors import UserError
@@ -135,24 +136,30 @@ def check_adapter(adapter: Adapter, config: ModelConfig) -> None:
         raise UserError(f"{adapter.path} holds no tensors, so it changes nothing")
 
 
-def attach(model: Llama, adapter: Adapter, *, rank: int = 0, size: int = 1) -> None:
-    """Put the updates into a model whose weights are there, unmerged, in the type and on the device of each layer.
+def attach(
+    model: Llama,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    *,
+    rank: int = 0,
+    size: int = 1,
+) -> None:
+    """Put the updates into a model, unmerged; `rank` of `size`: only the part of a tensor-parallel rank.
 
-    `rank` of `size`: the part of a tensor-parallel rank. The tensors that the adapter replaces must be in the model
-    already (`merge.replaced`).
+    The tensors that the adapter replaces must be in the model already (`merge.replaced`).
     """
     for module in adapter.modules:
-        linear = model.get_submodule(module.removeprefix("model."))
-        assert isinstance(linear, Linear)
         parts = []
         for name in (f"{module}.adapter.a", f"{module}.adapter.b"):
             part = adapter.read(name)[tp_slice(name, adapter.tensors[name].shape, model.config, rank, size)]
             # A copy even where nothing is converted: the reader gives views of a file.
-            parts.append(part.to(linear.weight.device, linear.weight.dtype, copy=True).contiguous())
+            parts.append(part.to(device, dtype, copy=True).contiguous())
         a, b = parts
+        linear = model.get_submodule(module.removeprefix("model."))
+        assert isinstance(linear, Linear)
         scale, dropout = adapter.options.scale_of(module), adapter.options.dropout
-        linear.adapter = LoRA(a, b, scale, dropout).requires_grad_(False)
-        linear.adapter.train(model.training)
+        linear.adapter = LoRA(a, b, scale, dropout).requires_grad_(False).train(model.training)
 
 
 def write_adapter(

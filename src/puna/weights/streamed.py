@@ -5,7 +5,7 @@ Proofs of a conversion need the logits of models that may not fit in memory twic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,10 @@ class Streamed:
 
 
 @torch.inference_mode()
-def trace(source: Source, ids: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-    """What the model computes for ids [B, T], layer after layer, in `dtype` on the CPU.
+def trace(
+    source: Source, ids: Tensor, dtype: torch.dtype = torch.float32, *, adapt: Callable[[Llama], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What the model computes for ids [B, T], layer after layer, in `dtype` on the CPU; `adapt` puts updates into it.
 
     Gives ("model.embed_tokens", [B, T, hidden]), ("model.layers.N", [B, T, hidden]) for every layer, ("model.norm",
     [B, T, hidden]) and ("lm_head", logits [B, T, vocab]).
@@ -53,6 +55,8 @@ def trace(source: Source, ids: Tensor, dtype: torch.dtype = torch.float32) -> It
         for kind, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 1:
                 setattr(module, kind, nn.Parameter(source.read(f"{stored}.{kind}").to(dtype), requires_grad=False))
+    if adapt is not None:
+        adapt(model)
     rows = [source.read(embedding, (slice(token, token + 1),)) for token in ids.flatten().tolist()]
     x = torch.cat(rows).to(dtype).unflatten(0, ids.shape)
     yield "model.embed_tokens", x

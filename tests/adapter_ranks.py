@@ -1,0 +1,39 @@
+"""What each rank of `test_peft.test_ranks_compute_what_one_process_does` runs, apart from that file's heavy peers."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from puna.build import load_model
+from puna.model.attend import causal
+from puna.parallel.tensor import TensorParallel
+from puna.weights.merge import merge
+from puna.weights.peft import read_adapter
+from puna.weights.source import open_source
+
+IDS = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model):
+    positions = torch.arange(IDS.shape[1]).expand(IDS.shape)
+    with torch.inference_mode():
+        return model.logits(model(IDS, positions, causal))
+
+
+def work(base, *adapters):
+    """Leaves beside each adapter the logits of the split model, unmerged and merged, in float64."""
+    dist.init_process_group("gloo")
+    tp = TensorParallel(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, dist.group.WORLD)
+    with open_source(base) as source:
+        for folder in map(Path, adapters):
+            adapter = read_adapter(folder)
+            apart = load_model(source, torch.float64, tp=tp, adapter=adapter, fast=True)
+            one = load_model(merge(source, adapter), torch.float64, tp=tp, fast=True)
+            torch.save([logits(apart), logits(one)], folder / f"{tp.rank}.pt")
+    tp.leave()
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
