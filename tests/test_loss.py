@@ -1,4 +1,4 @@
-"""The chunked loss against F.cross_entropy on whole logits: value, both gradients, z-loss, masks, split vocabularies."""
+"""The chunked loss against F.cross_entropy on whole logits: value, gradients, z-loss, masks, split vocabularies."""
 
 import sys
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import launch
 
+from launching import launch
 from puna.train import loss as loss_module
 from puna.train.loss import IGNORED, VocabPart, chunked_loss
 

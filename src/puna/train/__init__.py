@@ -1,1 +1,1 @@
-"""Training: one loop for pretraining, fine-tuning and LoRA, its loss, optimizers, checkpoints and what the user sees."""
+"""Training: one loop for pretraining, fine-tuning and LoRA; its loss, optimizers, checkpoints and reports."""

@@ -75,14 +75,14 @@ class AdamWOwnState(torch.optim.AdamW):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update. `closure` is there for the signature's sake and must be None."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -92,7 +92,7 @@ class AdamWOwnState(torch.optim.AdamW):
         weight, averages = parameter.to(wide), [state[name].to(wide) for name in AVERAGES]
         beta1, beta2 = group["betas"]
         adamw(
-            [weight], [parameter.grad.to(wide)], [averages[0]], [averages[1]], [], [state["step"]],
+            [weight], [gradient.to(wide)], [averages[0]], [averages[1]], [], [state["step"]],
             fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=False,
         )  # fmt: skip

@@ -1,0 +1,291 @@
+"""Checkpoints of a run: whole or absent, checked before they are used, and readable by any other layout.
+
+`step-00000100/` holds what torch.distributed.checkpoint wrote (trained weights and optimizer state by name, each rank
+its part) and `manifest.json` with the checksum of every file and the rest of a run's state. It is written under a hidden
+name while training goes on, and renamed when all of it is on the disk; a killed process leaves the hidden name alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from puna.errors import UserError
+from puna.train.stored import load_state
+
+FORMAT = "puna training checkpoint 1"
+MANIFEST = "manifest.json"
+MAX_MANIFEST = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint. `facts` is what `Checkpoints.save` was given beside the tensors."""
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def score(self) -> float | None:
+        """Validation loss, None where there was none."""
+        return self.facts.get("validation_loss")
+
+
+@dataclass
+class _Pending:
+    step: int
+    facts: dict[str, Any]
+    work: Future
+
+
+class Checkpoints:
+    """The checkpoints in `folder`, which all ranks reach. Every method is a collective: all ranks call it."""
+
+    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
+        if keep < 1:
+            raise UserError(f"checkpoint.keep must be at least 1, not {keep}.")
+        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+        self.distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        # A group of its own: a save in the background must not meet the collectives of training on theirs.
+        self.group = dist.new_group(backend="gloo") if self.distributed else None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: _Pending | None = None
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".step-*"):  # of a process that was killed while it saved or removed
+                shutil.rmtree(left, ignore_errors=True)
+        self._barrier()
+
+    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Begin to save `state` (of `parallel.state.get_state`) and `facts` (JSON) as the checkpoint of `step`.
+
+        Returns when the tensors are copied, or, not asynchronous, when the checkpoint is there. Raises UserError when
+        the disk is full; checkpoints that were whole stay.
+        """
+        self.wait()
+        hidden = self._hidden(step)
+        if self.rank == 0:
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
+        self._barrier()
+        writer = FileSystemWriter(hidden, sync_files=True)
+        where: dict[str, Any] = {"storage_writer": writer, "process_group": self.group, "no_dist": self.group is None}
+        written: Any = None
+        if self.asynchronous:
+            written = dcp.async_save(state, **where)
+        else:
+            try:
+                dcp.save(state, **where)
+            except Exception as error:
+                self._failed(step, error)
+        self.pending = _Pending(step, facts, self.thread.submit(self._hash, hidden, written))
+        if not self.asynchronous:
+            self.wait()
+
+    def poll(self) -> bool:
+        """Whether a save is under way and this rank has done its part: time to `wait`, once all have."""
+        return self.pending is not None and self.pending.work.done()
+
+    def wait(self) -> None:
+        """Finish the save under way, if any: its checkpoint is there afterwards."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        files: dict[str, dict[str, Any]] = {}
+        failed: str | None = None
+        try:
+            files = pending.work.result()
+        except Exception as error:
+            failed = _reason(error)
+        for part, problem in self._gather((files, failed)):
+            files |= part
+            failed = failed or problem
+        if failed is None and self.rank == 0:
+            try:
+                self._publish(pending, files)
+            except OSError as error:
+                failed = _reason(error)
+        failed = self._gather(failed)[0]
+        if failed is not None:
+            self._failed(pending.step, failed)
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole, None without one. Says on stderr which ones are not, and why."""
+        steps = sorted(self._steps(), reverse=True) if self.rank == 0 else []
+        for step in self._gather(steps)[0]:
+            path = self.folder / _name(step)
+            try:
+                return self.open(path)
+            except UserError as error:
+                if self.rank == 0:
+                    print(f"skipping a checkpoint: {error}", file=sys.stderr)
+        return None
+
+    def open(self, path: Path) -> Saved:
+        """The checkpoint at `path`, every file checked against its sum. Raises UserError when it isn't whole."""
+        problem: str | None = None
+        saved: Saved | None = None
+        try:
+            saved = read_manifest(path)
+        except UserError as error:
+            problem = str(error)
+        if saved is not None:
+            size = dist.get_world_size() if self.distributed else 1
+            for name in sorted(saved.files)[self.rank :: size]:
+                problem = problem or _differs(path / name, saved.files[name])
+        problem = next((found for found in self._gather(problem) if found), None)
+        if problem or saved is None:
+            raise UserError(problem or f"{path} is no checkpoint")
+        return saved
+
+    def load(self, saved: Saved, state: dict[str, Any]) -> None:
+        """Fill `state`, of this layout, in place."""
+        load_state(saved.path, state, self.group)
+
+    def best(self) -> Saved | None:
+        """The one with the lowest validation loss."""
+        scored = [saved for saved in self._whole() if saved.score is not None]
+        return min(scored, key=lambda saved: saved.score or 0.0, default=None)
+
+    def close(self) -> None:
+        self.thread.shutdown()
+
+    def _hash(self, hidden: Path, written: Any) -> dict[str, dict[str, Any]]:
+        """In the background: this rank's files with their sums, once they are on the disk."""
+        if written is not None:
+            written.result()
+        mine = [*hidden.glob(f"__{self.rank}_*"), *([hidden / ".metadata"] if self.rank == 0 else [])]
+        return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
+
+    def _publish(self, pending: _Pending, files: dict[str, dict[str, Any]]) -> None:
+        hidden, path = self._hidden(pending.step), self.folder / _name(pending.step)
+        content = {"format": FORMAT, "step": pending.step, "files": files, "facts": pending.facts}
+        with (hidden / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            self._remove(path)
+        hidden.rename(path)
+        _sync(self.folder)
+        newest = sorted(self._whole(), key=lambda saved: -saved.step)
+        best = self.best()
+        for saved in newest[self.keep :]:
+            if best is None or saved.path != best.path:
+                self._remove(saved.path)
+
+    def _remove(self, path: Path) -> None:
+        """By a hidden name first: what is seen is whole."""
+        gone = path.with_name(f".{path.name}.gone")
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _whole(self) -> list[Saved]:
+        """Those with a manifest that can be read."""
+        found = []
+        for step in self._steps():
+            try:
+                found.append(read_manifest(self.folder / _name(step)))
+            except UserError:
+                continue
+        return found
+
+    def _steps(self) -> list[int]:
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return [int(name) for name in names if name.isdigit()]
+
+    def _hidden(self, step: int) -> Path:
+        return self.folder / f".{_name(step)}.part"
+
+    def _failed(self, step: int, why: Any) -> None:
+        if self.rank == 0:
+            shutil.rmtree(self._hidden(step), ignore_errors=True)
+        reason = why if isinstance(why, str) else _reason(why)
+        raise UserError(
+            f"the checkpoint of step {step} could not be saved: {reason}; earlier checkpoints in {self.folder} are"
+            " whole, so put that right and start again."
+        )
+
+    def _gather(self, value: Any) -> list[Any]:
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def _barrier(self) -> None:
+        if self.distributed:
+            dist.barrier()
+
+
+def read_manifest(path: Path) -> Saved:
+    """What a checkpoint says of itself. Raises UserError when it is none, or one that was cut short."""
+    file = path / MANIFEST
+    try:
+        if file.stat().st_size > MAX_MANIFEST:
+            raise ValueError
+        content = json.loads(file.read_bytes())
+        saved = Saved(path, int(content["step"]), dict(content["facts"]), dict(content["files"]))
+        if content["format"] != FORMAT or any(Path(name).name != name for name in saved.files):
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"{path} is no checkpoint of a puna run: it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no checkpoint that this version of puna reads: its {MANIFEST} is damaged") from None
+    return saved
+
+
+def _differs(path: Path, wanted: dict[str, Any]) -> str | None:
+    if not path.exists():
+        return f"{path.parent} is not whole: {path.name} is missing"
+    if path.stat().st_size != wanted["size"]:
+        return f"{path.parent} is cut short: {path.name} has {path.stat().st_size:,} of {wanted['size']:,} bytes"
+    if _sha256(path) != wanted["sha256"]:
+        return f"{path.parent} is damaged: {path.name} is not what was saved"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """Why a save failed, dug out of what DCP wraps it in."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return _reason(next(iter(failures.values()))[0])
+    text = str(error).strip()
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
+    if full or "file write failed" in text or "PytorchStreamWriter failed" in text:
+        return "the disk is full"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":
+        return  # Windows opens no directories
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
