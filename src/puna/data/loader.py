@@ -129,7 +129,7 @@ class PackedLoader:
             count = int(over.sum())
             if count and long == "error":
                 raise UserError(
-                    f"{count:,} of {len(lengths):,} samples of {dataset.prefix} do not fit into a row of {self.seq_len} "
+                    f"{count:,} of {len(lengths):,} samples of {dataset.prefix} do not fit a row of {self.seq_len} "
                     f"tokens (the longest has {int(lengths.max()):,}): raise the sequence length, or cut or drop them"
                 )
             if count:

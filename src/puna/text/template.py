@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, wraps
+from itertools import accumulate
 from types import FrameType
 from typing import Any
 
@@ -35,6 +37,8 @@ MAX_COUNT = 100_000  # any whole number given to a call, as jinja2's own bound o
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 GROWING = {"replace", "join", "indent", "tojson", "format", "format_map", "wordwrap", "expandtabs", "translate", "%"}
 FORMATS = {"format", "format_map", "%"}
+MARK = "generation_mark"
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 WIDTH = re.compile(r"\d{5,}")  # in a format string
 
 
@@ -61,6 +65,21 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mappin
     finally:
         sys.settrace(outer)
     return "".join(text)
+
+
+def render_spans(
+    source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and [start, end) in it of what the template marks by `{% generation %}`."""
+    mark = f"<{secrets.token_hex(16)}>"  # no text can hold it by chance or by intent
+    parts = render(source, messages, {**variables, MARK: mark}).split(mark)
+    ends = list(accumulate(map(len, parts)))
+    return "".join(parts), list(zip(ends[:-1:2], ends[1::2], strict=False))
+
+
+def marks_generation(source: str) -> bool:
+    """Whether a template says which of its text the assistant generates."""
+    return bool(GENERATION.search(source))
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -158,14 +177,18 @@ def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callab
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant says; the text is that of its body."""
+    """`{% generation %}...{% endgeneration %}` marks what the assistant says; the text is that of its body.
+
+    `render_spans` gives the variable `MARK` a value and looks for it in the text; otherwise it is undefined, and empty.
+    """
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        mark = jinja2.nodes.Output([jinja2.nodes.Name(MARK, "load")], lineno=line)
+        return jinja2.nodes.Scope([mark, *body, mark], lineno=line)
 
 
 class _Names(Namespace):

@@ -23,12 +23,13 @@ from puna.text.builtin import choose
 from puna.text.gguf import read_gguf, write_gguf
 from puna.text.parts import Parts, state
 from puna.text.pieces import Pieces, Stream
-from puna.text.template import render
+from puna.text.template import marks_generation, render, render_spans
 
 __all__ = ["Stream", "Tokenizer"]
 
 # Tokens that end a turn or a text wherever they are special: Llama 3's, and ChatML's.
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
+SURROGATE = "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
 
 
 class Tokenizer:
@@ -113,8 +114,7 @@ class Tokenizer:
         try:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
-            message = "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
-            raise UserError(message) from error
+            raise UserError(SURROGATE) from error
         if bos and self.bos_id is None:
             raise UserError("A BOS was asked for, but this checkpoint's tokenizer has none.")
         if (self.add_bos if bos is None else bos) and ids[:1] != [self.bos_id]:
@@ -122,6 +122,21 @@ class Tokenizer:
         if bos is None and self.add_eos and ids[-1:] != [self.eos_id]:
             ids = [*ids, self.eos_id]  # type: ignore[list-item]
         return ids
+
+    def encode_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, none added, and [start, end) in characters of the text for each of them."""
+        try:
+            found = (self._backend if special else self._plain).encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:
+            raise UserError(SURROGATE) from error
+        return found.ids, found.offsets
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many documents, none added and no special token recognised; quicker than one by one."""
+        try:
+            return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        except (TypeError, UnicodeError) as error:
+            raise UserError(SURROGATE) from error
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) say nothing."""
@@ -141,6 +156,11 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         """The id of a token by the vocabulary's own spelling, None when there is none."""
         return self._id(token)
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The spellings that `encode` takes for special tokens."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -176,6 +196,26 @@ class Tokenizer:
         `messages`: dicts with "role" and "content"; `tools`: JSON schemas; other keywords go to the template.
         UserError names what the template or the sandbox refused.
         """
+        return render(*self._call(messages, add_generation_prompt, tools, kw))
+
+    def render_spans(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: list[dict[str, Any]] | None = None, **kw: Any
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text of a whole conversation, and [start, end) in it of each answer that the template marks as generated.
+
+        None instead where the template has no `{% generation %}`.
+        """
+        call = self._call(messages, False, tools, kw)
+        return render_spans(*call) if marks_generation(call[0]) else (render(*call), None)
+
+    def _call(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        kw: dict[str, Any],
+    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
+        """Template, messages and variables."""
         templates = self._parts.templates
         name = "tool_use" if tools and "tool_use" in templates else "default"
         if name not in templates:
@@ -186,11 +226,7 @@ class Tokenizer:
         parts = self._parts
         named = {"bos_token": parts.bos, "eos_token": parts.eos, "unk_token": parts.unk, "pad_token": parts.pad}
         known = {key: value for key, value in named.items() if value is not None}
-        return render(
-            templates[name],
-            messages,
-            {**known, **kw, "add_generation_prompt": add_generation_prompt, "tools": tools},
-        )
+        return templates[name], messages, {**known, **kw, "add_generation_prompt": prompt, "tools": tools}
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **kw: Any) -> list[int]:
         """Ids of a conversation: what the template renders and no more, so the BOS is the template's own."""
