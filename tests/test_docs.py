@@ -21,7 +21,7 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.fixture
 def desk(tmp_path, tiny_checkpoint, monkeypatch):
     """A folder to work in, where a tiny model lies under the real one's name, with as many heads."""
-    shape = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1024}
+    shape = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1024}
     (tmp_path / "smollm2-135m-instruct").symlink_to(tiny_checkpoint(**shape, torch_dtype="bfloat16"))
     commands = tmp_path / ".bin"
     commands.mkdir()
