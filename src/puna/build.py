@@ -68,7 +68,12 @@ def random_model(
     fast: bool = False,
     quiet: bool = True,
 ) -> Llama:
-    """The same with random weights: normal with deviation 0.02, norms 1, biases 0; the same for every split."""
+    """The same with random weights; the same for every split."""
+    return _build(config, random_reader(config, dtype, device, seed), dtype, device, tp, fast, quiet)
+
+
+def random_reader(config: ModelConfig, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Reader:
+    """Weights before any training, by their names alone: normal with deviation 0.02, norms 1, biases 0."""
     shapes = config.tensors()
 
     def read(name: str, index: tuple[slice, ...]) -> Tensor:
@@ -79,7 +84,7 @@ def random_model(
             full = torch.empty(shapes[name], dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
         return full[index]
 
-    return _build(config, read, dtype, device, tp, fast, quiet)
+    return read
 
 
 def _build(
