@@ -18,7 +18,7 @@ class Ended:
     err: str
 
 
-def launch(size, *argv, seconds=SECONDS):
+def launch(size, *argv):
     """Runs python with `argv` as `size` ranks, as torchrun would; but nobody ends the others when one has ended."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ def launch(size, *argv, seconds=SECONDS):
         variables = os.environ | {key: str(value) for key, value in place.items()}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen([sys.executable, *map(str, argv)], env=variables, **pipes))
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     try:
         outputs = [rank.communicate(timeout=max(0.1, end - time.monotonic())) for rank in ranks]
     finally:

@@ -7,9 +7,14 @@ of AdamW must agree to 1e-9; in float32, where AdamW makes much of little, the l
 import functools
 import itertools
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
-import time
+import traceback
 import zlib
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +22,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from launching import launch
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.lora import LoraOptions, add_lora
@@ -227,49 +231,78 @@ def resumed(layout, kind, folder):
 
 
 def work(folder, names, pairs):
-    """What each rank does in the launch of its world size; what it found goes into a file."""
-    torch.set_num_threads(1)
-    folder, found, layouts = Path(folder), {}, {}
+    """What each rank does; what it found goes into a file."""
+    found, layouts = {}, {}
 
     def layout(axes):
-        options, _ = parse(f"{axes} plain")
-        if options not in layouts:
-            layouts[options] = Layout.start(options)
-        return layouts[options]
+        if axes not in layouts:
+            layouts[axes] = Layout.start(parse(f"{axes} plain")[0])
+        return layouts[axes]
 
     for name in names:
         axes, kind = name.split(" ", 1)
-        start = time.perf_counter()
         found[name] = compare(layout(axes), kind)
-        found[name]["seconds"] = time.perf_counter() - start
     for name, axes in pairs:
         before, kind = name.split(" ", 1)
         found[f"{name} -> {axes}"] = resume(layout(before), layout(axes), kind, folder / name)
-    rank = layout("dp").rank
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{layout('dp').rank}.json").write_text(json.dumps(found))
     layout("dp").close()
 
 
+def main(folder, size, names, pairs):
+    """Fork `size` ranks, which so share the imports and what one process has found."""
+    torch.set_num_threads(1)
+    for kind in {name.split(" ", 1)[1] for name in (*names, *(name for name, _ in pairs))}:
+        reference(kind, torch.float64, STEPS), reference(kind, torch.float32, 1)
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = set()
+    for rank in range(size):
+        if pid := os.fork():
+            ranks.add(pid)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        code = 1
+        try:
+            work(folder, names, pairs)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"rank {pid} ended with {status}")
+
+
 if __name__ == "__main__":
-    work(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), *json.loads(sys.argv[2]))
 
 
 def launched(tmp_path_factory, size, names, pairs, seconds):
+    """(folder, what each rank found) of one launch."""
     folder = tmp_path_factory.mktemp("ranks")
-    for rank in launch(size, __file__, folder, json.dumps(names), json.dumps(pairs), seconds=seconds):
-        assert rank.code == 0, rank.err
+    argv = [sys.executable, __file__, folder, json.dumps([size, names, pairs])]
+    ended = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=seconds)
+    assert ended.returncode == 0, ended.stderr
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """What each rank of a world size found, in a launch when it is first asked for."""
-    return functools.cache(lambda size: launched(tmp_path_factory, size, QUICK[size], RESUMED.get(size, []), 120))
+    return functools.cache(lambda size: launched(tmp_path_factory, size, QUICK[size], RESUMED.get(size, []), 300))
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    return functools.cache(lambda size: launched(tmp_path_factory, size, FULL[size], [], 1200))
+    return functools.cache(lambda size: launched(tmp_path_factory, size, FULL[size], [], 3000))
 
 
 def check(rank):
