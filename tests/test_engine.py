@@ -109,7 +109,9 @@ def load(path: Any, *, dtype: torch.dtype = torch.float64, fast: bool = True) ->
     with open_source(path) as source:
         tokenizer = source.tokenizer()
         assert tokenizer is not None
-        return Tiny(load_model(source, dtype, fast=fast), tokenizer)
+        model = load_model(source, dtype, fast=fast)
+        model.fix_rope(CONTEXT)
+        return Tiny(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +248,23 @@ def test_few_sequences_at_once(tiny: Tiny, cases: list[Case]):
 
 def test_plain_layers_instead_of_fused_ones(tiny_checkpoint, cases: list[Case]):
     check(load(tiny_checkpoint(), fast=False).engine(), cases)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 32},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}},
+    ],
+    ids=["mha", "mqa", "gqa", "dynamic", "yarn"],
+)
+def test_any_architecture(tiny_checkpoint, cases: list[Case], config: dict):
+    other = load(tiny_checkpoint(seed=5, **config))
+    again = [Case(case.prompt, case.params, other.expected(case.prompt, case.params)) for case in cases]
+    check(other.engine(batch_tokens=20), again)
 
 
 @pytest.mark.parametrize("seed", range(6))
