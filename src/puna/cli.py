@@ -18,6 +18,7 @@ from typing import Any
 
 from puna import __version__, config, options
 from puna.errors import UserError, nearest
+from puna.train import options as train_options
 
 # verb -> (its options, where its function is, what it does)
 VERBS: dict[str, tuple[type, str, str]] = {
@@ -30,6 +31,10 @@ VERBS: dict[str, tuple[type, str, str]] = {
     "generate": (options.GenerateOptions, "puna.generate:run", "complete one prompt or thousands"),
     "bench latency": (options.LatencyOptions, "puna.bench.latency:run", "time prefill and decode"),
     "bench throughput": (options.ThroughputOptions, "puna.bench.throughput:run", "time a queue of requests"),
+    "train": (train_options.TrainOptions, "puna.train.run:run", "train a model, in full or with LoRA"),
+    "data prepare": (options.PrepareOptions, "puna.data.prepare:run", "turn raw files into token data"),
+    "data show": (options.ShowOptions, "puna.data.show:run", "print samples, what is trained in colour"),
+    "data stats": (options.StatsOptions, "puna.data.stats:run", "totals and lengths of token data"),
     "demo": (options.DemoOptions, "puna.demo:run", "the main job on real weights, in about a minute"),
 }
 HELP = ("-h", "--help", "help")

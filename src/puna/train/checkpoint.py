@@ -1,8 +1,8 @@
 """Checkpoints of a run: whole or absent, checked before they are used, and readable by any other layout.
 
 `step-00000100/` holds what torch.distributed.checkpoint wrote (trained weights and optimizer state by name, each rank
-its part) and `manifest.json` with the checksum of every file and the rest of a run's state. It is written under a hidden
-name while training goes on, and renamed when all of it is on the disk; a killed process leaves the hidden name alone.
+its part) and `manifest.json` with the checksum of every file and the rest of a run's state. It is written under a
+hidden name while training goes on, and renamed when all of it is on the disk; a killed process leaves the hidden name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from puna.errors import UserError
 from puna.train.stored import load_state
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
 FORMAT = "puna training checkpoint 1"
 MANIFEST = "manifest.json"

@@ -1,7 +1,7 @@
 """Cross entropy of hidden states against an output layer, whose logits never exist whole.
 
-A vocabulary of 128k entries makes the logits of 4,096 tokens 2 GB in float32, and their gradient as much again. Here the
-logits of `chunk` tokens are made, turned into their gradient in place, multiplied into the gradients of the hidden
+A vocabulary of 128k entries makes the logits of 4,096 tokens 2 GB in float32, and their gradient as much again. Here
+the logits of `chunk` tokens are made, turned into their gradient in place, multiplied into the gradients of the hidden
 states and of the weight, and forgotten, all in the forward pass, as Liger Kernel does (arXiv 2410.10989): three matrix
 products, as many as without chunks.
 """

@@ -54,7 +54,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimOptions
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
-            raise UserError("optim.name adamw8bit needs torchao: pip install 'puna[optim]'.") from None
+            raise UserError("optim.name adamw8bit needs torchao: pip install 'puna[train]'.") from None
         return AdamW8bit(groups, **adam)
     dtype = groups[0]["params"][0].dtype
     state = torch.bfloat16 if options.state == "bf16" else torch.promote_types(dtype, torch.float32)

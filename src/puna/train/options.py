@@ -32,6 +32,7 @@ class TrainDataOptions:
     validation: tuple[str, ...] = option((), "prefixes of token stores for validation")
     seq_len: int = option(2048, "tokens in a row")
     packing: Literal["best_fit", "concat", "none"] = option("best_fit", "how samples are put into rows")
+    long: Literal["error", "cut", "drop"] = option("error", "what becomes of a sample that is longer than a row")
     seed: int = option(0, "of the shuffle")
 
 
@@ -66,7 +67,7 @@ class ScheduleOptions:
 
 
 @dataclass(kw_only=True)
-class MeshOptions:
+class TrainMeshOptions:
     """How ranks share the work; dp_shard fills what the others leave."""
 
     dp_replicate: int = option(1, "groups of ranks that each hold all weights")
@@ -81,7 +82,7 @@ class MeshOptions:
 
 
 @dataclass(kw_only=True)
-class LoraOptions:
+class TrainLoraOptions:
     """LoRA: small matrices beside the frozen weights are trained; rank 0 trains the weights themselves."""
 
     rank: int = option(0, "inner size of the adapters, 8 to 64; 0 is full training")
@@ -110,7 +111,7 @@ class LogOptions:
     """What is shown and written down."""
 
     every: int = option(1, "steps between lines of metrics.jsonl")
-    tensorboard: bool = option(False, "also write TensorBoard's files (pip install tensorboard)")
+    tensorboard: bool = option(False, "also write TensorBoard's files (pip install 'puna[train]')")
     wandb: str | None = option(None, "also log to this Weights & Biases project (pip install wandb)")
     peak_tflops: float | None = option(None, "the device's peak for MFU, where puna doesn't know it")
     spike: float = option(2.0, "name a step whose loss is above the recent mean by this much")
@@ -153,7 +154,7 @@ class TrainOptions:
     data: TrainDataOptions = group(TrainDataOptions)
     optim: OptimOptions = group(OptimOptions)
     schedule: ScheduleOptions = group(ScheduleOptions)
-    mesh: MeshOptions = group(MeshOptions)
-    lora: LoraOptions = group(LoraOptions)
+    mesh: TrainMeshOptions = group(TrainMeshOptions)
+    lora: TrainLoraOptions = group(TrainLoraOptions)
     checkpoint: CheckpointOptions = group(CheckpointOptions)
     log: LogOptions = group(LogOptions)
