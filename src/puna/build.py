@@ -108,6 +108,8 @@ def _build(
         fuse(model)
         if torch.device(device).type == "cpu":
             pack(model, dtype, notes=tp is None or tp.rank == 0)
+    if dtype in (torch.bfloat16, torch.float16):
+        model.residual_dtype = torch.float32
     return model.eval().requires_grad_(False)
 
 

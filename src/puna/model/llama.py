@@ -24,7 +24,10 @@ def identity(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), accumulated in float32 or better."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), accumulated in float32 or better.
+
+    The result has the weight's dtype, which is what the products after it compute in; x may be wider.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -33,7 +36,8 @@ class RMSNorm(nn.Module):
         self.read: Callable[[nn.Module, str], Tensor] = getattr
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.read(self, "weight"), self.eps)
+        weight = self.read(self, "weight")
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps).to(weight.dtype)
 
 
 class Embedding(nn.Module):
@@ -136,6 +140,9 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.gather: Callable[[Tensor], Tensor] = identity  # joins the logits of a split vocabulary
+        # The sum that runs through the blocks may be kept wider than the weights: in bfloat16 its rounding is the
+        # largest error of a forward (SmolLM2: mean error of the logits 0.095, with a float32 sum 0.059).
+        self.residual_dtype: torch.dtype | None = None
         self.rope_length: int | None = None
         self._frequencies: dict[tuple, tuple[Tensor, float]] = {}  # (length, device, dtype) -> rope_frequencies
         self.tie()
@@ -171,6 +178,8 @@ class Llama(nn.Module):
         """
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
+        if self.residual_dtype is not None:
+            x = x.to(self.residual_dtype)
         cos, sin = self.rope(positions, x.dtype)
         for block in self.layers.values():
             x = block(x, cos, sin, attend)
