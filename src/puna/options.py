@@ -252,6 +252,75 @@ class DemoOptions:
     out: Path = option(Path("demo"), "folder for the imported checkpoint, the answers and the plot")
 
 
+@dataclass(kw_only=True)
+class PrepareOptions:
+    """Turn raw files into token data for training: Megatron's .bin/.idx, and a JSON card that says what is in it.
+
+    Reads .jsonl, .json, .csv, .txt, .parquet and .arrow, plain or as .gz or .zst: files, folders, globs, and datasets
+    of the Hugging Face Hub. Handlers: text, wikitext, wikitext-clean, alpaca, sharegpt, vicuna, openai, moss,
+    moss-turns, belle, squad, squad-first, leetcode, preference. Killed, the same command goes on where it was.
+
+    Examples:
+      puna data prepare corpus/*.txt --out data/corpus --tokenizer smollm2-135m-instruct
+      puna data prepare alpaca.json --out data/alpaca --tokenizer ./llama2-7b --template alpaca
+      puna data prepare chats.jsonl.gz --out data/chats --tokenizer smollm2-135m-instruct --loss last
+      puna data prepare HuggingFaceFW/fineweb --subset sample-10BT --out data/web --tokenizer ./llama3-8b
+    """
+
+    src: tuple[str, ...] = argument("files, folders, globs or Hub datasets (org/name)")
+    out: Path = option(MISSING, "prefix of what is written: OUT_train_text_document.bin, OUT.json and so on")
+    tokenizer: str = option(MISSING, MODEL + ", or a tokenizer file; its template is used too")
+    handler: str = option("auto", "what the rows are; auto looks at their fields and says what it found")
+    template: str | None = option(None, "chat template: a built-in (chatml, llama2, alpaca, vicuna) or a Jinja file")
+    template_values: dict[str, str] | None = option(
+        None, "variables for the template, as in '{date_string: 26 Jul 2024}'"
+    )
+    loss: Literal["all", "last"] = option("all", "which answers of a conversation are trained")
+    text_field: str = option("text", "handler text: the field that holds the document")
+    documents: Literal["line", "paragraph", "file"] = option("line", "what a document is in a text file")
+    append_eos: bool = option(True, "end every document with EOS; --no-append-eos leaves it out")
+    validation: float = option(0.01, "share of the samples, by their hash, kept apart for validation; 0 is no split")
+    workers: int | None = option(None, "processes; all cores when not given")
+    engine: Literal["local", "ray"] = option(
+        "local", "ray: as a Ray Data job on the cluster that this machine belongs to"
+    )
+    subset: str | None = option(None, "Hub datasets: the subset (configuration)")
+    split: str = option("train", "Hub datasets: the split")
+    revision: str | None = option(None, "Hub datasets: branch, tag or commit")
+    overwrite: bool = option(False, "replace the data of that name")
+
+
+@dataclass(kw_only=True)
+class ShowOptions:
+    """Print samples of prepared data: what is trained in colour, prompts dim, special tokens as they stand.
+
+    Examples:
+      puna data show data/alpaca_train --tokenizer smollm2-135m-instruct
+      puna data show data/alpaca_train --samples 20 --html alpaca.html
+    """
+
+    prefix: str = argument("prefix of the data, as data/alpaca_train")
+    tokenizer: str | None = option(None, MODEL + "; the one that the data were made with when not given")
+    samples: int = option(5, "how many samples")
+    start: int = option(0, "the first of them")
+    max_tokens: int = option(2000, "longest part of a sample that is shown")
+    html: Path | None = option(None, "write a page instead of printing")
+
+
+@dataclass(kw_only=True)
+class StatsOptions:
+    """Totals of prepared data, and how long its samples are.
+
+    Examples:
+      puna data stats data/alpaca_train data/alpaca_validation
+      puna data stats data/corpus_train --plot lengths.png --seq-len 2048
+    """
+
+    prefix: tuple[str, ...] = argument("prefixes of the data")
+    plot: Path | None = option(None, "draw the lengths as a histogram (PNG)")
+    seq_len: int | None = option(None, "also say how well rows of this length are packed")
+
+
 def sampling(options: SamplingOptions) -> dict[str, Any]:
     """The sampling options that were given; the rest is the checkpoint's to decide."""
     given = {entry.name: getattr(options, entry.name) for entry in fields(SamplingOptions)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -257,7 +257,7 @@ HANDLERS = {
 }
 
 
-def detect(rows: list[Row]) -> str:
+def detect(rows: Sequence[Row]) -> str:
     """The name of the handler for the first rows of a source. UserError when their fields fit none, or several."""
     row = rows[0]
     first = next((str(row["text"]).strip() for row in rows if str(row.get("text") or "").strip()), "")

@@ -1,0 +1,364 @@
+"""`puna data prepare`: raw files to token stores, over all cores, at constant memory, and on from where it was killed.
+
+Chunks are encoded by worker processes and written by this one in the order of the sources, so that the bytes are the
+same whatever the number of workers. Every now and then what is written is brought to the disk and a manifest says how
+far that is; a second run of the same command cuts the files to that place and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puna.data import encode, handlers, sources
+from puna.data.encode import NAMED, STORES, Counts, Encoded, Job
+from puna.data.masks import Encoder
+from puna.data.sources import Chunk, Source
+from puna.data.store import StoreWriter, token_dtype
+from puna.errors import UserError
+from puna.options import PrepareOptions
+from puna.progress import meter
+from puna.text import Tokenizer
+from puna.weights import hub
+from puna.weights.source import open_source
+
+SMALL = 4 << 20  # bytes of input that are done sooner than a worker starts
+SAVE_SECONDS = 20.0
+PROBED = 100  # rows that are tried before the work begins
+VERSION = 1
+
+
+@dataclass
+class Stats:
+    """What was done so far: chunks of all sources, and by `marks` how long each store is, (documents, bytes)."""
+
+    chunks: int = 0
+    marks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # by source
+    rejected: Counter[str] = field(default_factory=Counter)
+    named: list[str] = field(default_factory=list)
+
+    def add(self, source: str, result: Encoded) -> None:
+        """Count what came of the next chunk."""
+        before = self.rows.get(source, 0)
+        named = [f"{source}, row {before + row + 1}: {why}" for row, why in result.named]
+        self.named += named[: NAMED - len(self.named)]
+        self.chunks += 1
+        self.rows[source] = before + result.rows
+        self.rejected.update(result.rejected)
+        for split, counts in result.counts.items():
+            self.counts.setdefault(split, Counts()).add(counts)
+
+    @classmethod
+    def load(cls, content: dict[str, Any]) -> Stats:
+        counts = {split: Counts(**values) for split, values in content.pop("counts").items()}
+        return cls(**{**content, "counts": counts, "rejected": Counter(content["rejected"])})
+
+
+def run(options: PrepareOptions) -> None:
+    """The verb: prepare, then print what there is."""
+    card = prepare(options)
+    for split, counts in card["splits"].items():
+        numbers = f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {counts['trained']:,} trained"
+        print(f"{prefix_of(options, split)}: {numbers}, longest {counts['longest']:,}")
+
+
+def prepare(options: PrepareOptions) -> dict[str, Any]:
+    """Prepare the data as `options` say and return their card. Raises UserError for whatever the user can put right."""
+    card_path = options.out.with_name(options.out.name + ".json")
+    if card_path.exists() and not options.overwrite:
+        raise UserError(f"{card_path} exists already: choose another --out, or add --overwrite")
+    if not 0 <= options.validation < 1:
+        raise UserError(f"--validation is a share from 0 up to 1, not {options.validation}")
+    tokenizer = load_tokenizer(options.tokenizer, options.template)
+    found = sources.find(options.src, subset=options.subset, split=options.split, revision=options.revision)
+    name, documents = _choose(options, found)
+    encoder = Encoder(tokenizer, options.loss, options.append_eos, options.template_values)
+    job = Job(encoder, name, options.text_field, options.validation)
+    _check(job, found, documents)
+    facts = _facts(job, found, documents)
+    cores = options.workers or _cores()
+    if options.engine == "ray":
+        from puna.data.ray_engine import encoded
+    else:
+        encoded = encoded_here
+    with _Output(options, job, facts) as output:
+        work = encoded(job, found, documents, cores, output.stats.chunks)
+        with meter("Preparing", unit="tok") as advance, closing(work):
+            for source, result in work:
+                output.add(source, result)
+                advance(result.tokens)
+        stats = output.stats
+        if not stats.counts:
+            reasons = "; ".join(f"{count:,} times {reason}" for reason, count in stats.rejected.most_common(3))
+            raise UserError(f"no sample in {', '.join(options.src)}: {reasons or 'there are no rows'}")
+        card = _card(options, job, facts, stats, _hashes(found, cores))
+        output.publish(card_path, card)
+    _report(card, found, stats)
+    return card
+
+
+def prefix_of(options: PrepareOptions, split: str) -> str:
+    """The prefix of a split's stores."""
+    return f"{options.out}_{split}" if options.validation else str(options.out)
+
+
+def load_tokenizer(ref: str, template: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint in any format, or of a folder or file that holds a tokenizer alone."""
+    path = hub.resolve(ref)
+    alone = ("tokenizer.json", "tokenizer.model")
+    if path.name in alone or path.is_dir() and any((path / name).exists() for name in alone):
+        tokenizer: Tokenizer | None = Tokenizer.load(path)
+    else:
+        with open_source(path) as source:
+            tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"{ref} carries no tokenizer: name another checkpoint or a tokenizer file")
+    return tokenizer if template is None else tokenizer.with_template(template)
+
+
+def _choose(options: PrepareOptions, found: list[Source]) -> tuple[str, sources.Documents]:
+    """The handler's name, and what makes a document of a text file."""
+    name = options.handler
+    if name == "auto":
+        probed = next((rows for source in found if (rows := _first_rows(source, "line", 20))), [])
+        if not probed:
+            raise UserError(f"no readable row in {', '.join(options.src)}")
+        name = "text" if options.text_field in probed[0] and options.text_field != "text" else handlers.detect(probed)
+        print(f"handler {name}, for rows with {', '.join(map(str, probed[0]))}", file=sys.stderr)
+    return name, "article" if handlers.choose(name).article else options.documents
+
+
+def _check(job: Job, found: list[Source], documents: sources.Documents) -> None:
+    """Try the first rows, so that a wrong handler or template shows at once."""
+    kind, tokenizer = handlers.choose(job.handler).kind, job.encoder.tokenizer
+    if kind == "text" and job.encoder.append_eos and tokenizer.eos_id is None:
+        raise UserError("this tokenizer has no EOS to end documents with: add --no-append-eos")
+    if kind != "text" and tokenizer.chat_template is None and not job.handler.startswith("squad"):
+        raise UserError(
+            "this checkpoint carries no chat template: choose the one to train it with by --template (alpaca, chatml, "
+            "llama2, llama3, vicuna or a Jinja file)"
+        )
+    tried = False
+    for source in found:
+        rows = _first_rows(source, documents, PROBED)
+        convert, missing = handlers.choose(job.handler, job.text_field).convert, None
+        for row in rows:
+            try:
+                convert(row)
+                break
+            except handlers.MissingField as error:
+                missing = error
+            except handlers.RowError:
+                pass
+        else:
+            if missing:
+                there = ", ".join(map(str, rows[0]))
+                raise UserError(f"{source.name}: {missing}, the handler {job.handler} needs it; there are {there}")
+        if rows and not tried:
+            encode.encode_chunk(job, Chunk(source.name, "rows", rows))
+            tried = True
+
+
+def _first_rows(source: Source, documents: sources.Documents, count: int) -> list[dict[str, Any]]:
+    rows = (row for chunk in sources.chunks(source, documents) for row in sources.rows(chunk))
+    return [row for row in islice(rows, count) if not isinstance(row, sources.Bad)]
+
+
+def encoded_here(
+    job: Job, found: list[Source], documents: sources.Documents, workers: int, skip: int
+) -> Generator[tuple[str, Encoded]]:
+    """(source, result) of every chunk from number `skip` on, in order. No more than a few chunks are in memory."""
+    todo = islice(((source.name, chunk) for source in found for chunk in sources.chunks(source, documents)), skip, None)
+    local = [source.name for source in found if source.format != "hub"]
+    if workers == 1 or len(local) == len(found) and sum(map(os.path.getsize, local)) < SMALL:
+        for name, chunk in todo:
+            yield name, encode.encode_chunk(job, chunk)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[tuple[str, Future[Encoded]]] = deque()
+    pool = ProcessPoolExecutor(workers, context, encode.start_worker, (job,))
+    try:
+        for name, chunk in todo:
+            waiting.append((name, pool.submit(encode.work, chunk)))
+            if len(waiting) >= 4 * workers:
+                before, future = waiting.popleft()
+                yield before, future.result()
+        for name, future in waiting:
+            yield name, future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, most likely for want of memory: run the same command with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Output:
+    """The stores that are being written, and the manifest that says how far."""
+
+    def __init__(self, options: PrepareOptions, job: Job, facts: dict[str, Any]) -> None:
+        self.options = options
+        self.manifest = options.out.with_name(f".{options.out.name}.prepare.json")
+        self.identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.stats = self._resume()
+        kind = handlers.choose(job.handler).kind
+        text = token_dtype(job.encoder.tokenizer.vocab_size)
+        splits = ("train", "validation") if options.validation else ("train",)
+        self._stores = {(split, store): text if kind == "text" else np.dtype(np.int32)
+                        for split in splits for group in STORES[kind] for store in group}  # fmt: skip
+        self._writers: dict[tuple[str, str], StoreWriter] = {}
+        self._saved, self._kept = time.monotonic(), bool(self.stats.chunks)
+
+    def __enter__(self) -> _Output:
+        for (split, store), dtype in self._stores.items():
+            at = self.stats.marks.get(split + store)
+            self._writers[split, store] = StoreWriter(prefix_of(self.options, split) + store, dtype, at=at)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """When something went wrong, what was saved stays; before the first save there is nothing worth keeping."""
+        if kind is None:
+            return
+        for writer in self._writers.values():
+            if self._kept:
+                writer.close()
+            else:
+                writer.discard()
+        if self._kept:
+            print("what was saved is kept: the same command goes on from there", file=sys.stderr)
+
+    def add(self, source: str, result: Encoded) -> None:
+        """Write what came of the next chunk."""
+        for key, (ids, lengths) in result.stores.items():
+            self._writers[key].extend(ids, lengths)
+        self.stats.add(source, result)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.stats.marks = {split + store: writer.mark() for (split, store), writer in self._writers.items()}
+            _write(self.manifest, {"identity": self.identity, "stats": asdict(self.stats)})
+            self._saved, self._kept = time.monotonic(), True
+
+    def publish(self, card_path: Path, card: dict[str, Any]) -> None:
+        """Put stores and card in place. A split without samples has no files."""
+        for (split, store), writer in self._writers.items():
+            if writer.sequences:
+                writer.finalize()
+            else:
+                writer.discard()
+                for end in (".bin", ".idx"):
+                    Path(prefix_of(self.options, split) + store + end).unlink(missing_ok=True)
+        _write(card_path, card)
+        self.manifest.unlink(missing_ok=True)
+
+    def _resume(self) -> Stats:
+        try:
+            content = json.loads(self.manifest.read_bytes())
+            if content["identity"] == self.identity:
+                stats = Stats.load(content["stats"])
+                done = sum(counts.tokens for counts in stats.counts.values())
+                print(f"going on after {done:,} tokens that are done", file=sys.stderr)
+                return stats
+            print("starting over: the unfinished preparation had other sources or options", file=sys.stderr)
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError):
+            print(f"{self.manifest} is damaged: starting over", file=sys.stderr)
+        return Stats()
+
+
+def _facts(job: Job, found: list[Source], documents: sources.Documents) -> dict[str, Any]:
+    """All that decides the bytes that are written."""
+    tokenizer, encoder, kind = job.encoder.tokenizer, job.encoder, handlers.choose(job.handler).kind
+    text = kind == "text"
+    template = None if text or job.handler.startswith("squad") else {
+        "name": tokenizer.template_name, "source": tokenizer.chat_template, "values": dict(encoder.values or {})
+    }  # fmt: skip
+    return {
+        "version": VERSION,
+        "kind": kind,
+        "handler": job.handler,
+        "documents": documents,
+        "text_field": job.text_field if job.handler == "text" else None,
+        "append_eos": encoder.append_eos if text else None,
+        "loss": None if text else encoder.loss,
+        "validation": job.validation,
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint(),
+            "vocabulary": tokenizer.fingerprint(template=False),
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "template": template,
+        "sources": [_source(source) for source in found],
+    }
+
+
+def _source(source: Source) -> dict[str, Any]:
+    if source.format == "hub":
+        return {"name": source.name, "subset": source.subset, "split": source.split, "revision": source.revision}
+    status = os.stat(source.name)
+    return {"name": source.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
+
+
+def _card(
+    options: PrepareOptions, job: Job, facts: dict[str, Any], stats: Stats, hashes: dict[str, str]
+) -> dict[str, Any]:
+    """What is written beside the data: where it comes from, how it was made and what came of it."""
+    listed = []
+    for source in facts["sources"]:
+        digest = {"sha256": hashes[source["name"]]} if source["name"] in hashes else {}
+        kept = {key: value for key, value in source.items() if key != "changed"}
+        listed.append(kept | digest | {"rows": stats.rows.get(source["name"], 0)})
+    return facts | {
+        "tokenizer": {"source": options.tokenizer} | facts["tokenizer"],
+        "sources": listed,
+        "splits": {split: asdict(stats.counts[split]) for split in ("train", "validation") if split in stats.counts},
+        "rejected": dict(sorted(stats.rejected.items())),
+        "rejected_rows": stats.named,
+    }
+
+
+def _report(card: dict[str, Any], found: list[Source], stats: Stats) -> None:
+    """Notes on what was left out."""
+    for source in found:
+        if not stats.rows.get(source.name):
+            print(f"{source.name} holds no rows", file=sys.stderr)
+    for reason, count in sorted(card["rejected"].items(), key=lambda item: -item[1]):
+        print(f"rejected {count:,} of {sum(stats.rows.values()):,} rows: {reason}", file=sys.stderr)
+    for line in card["rejected_rows"]:
+        print(f"  {line}", file=sys.stderr)
+
+
+def _hashes(found: list[Source], workers: int) -> dict[str, str]:
+    local = [source.name for source in found if source.format != "hub"]
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(local, pool.map(encode.digest, local), strict=True))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
