@@ -50,7 +50,7 @@ def test_packed_product_equals_the_plain_one(dtype, rows):
     error = (Packed(weight).matmul(x, torch.nn.Linear(160, 96)).double() - exact).abs()
     # One rounding of the result, and float32 sums on the way to it.
     summed = F.linear(x.double().abs(), weight.double().abs())
-    assert (error <= torch.finfo(dtype).eps * exact.abs() + torch.finfo(torch.float32).eps * summed).all()
+    assert (error <= torch.finfo(dtype).eps * exact.abs() + 8 * torch.finfo(torch.float32).eps * summed).all()
 
 
 def test_packed_is_refused_where_it_cannot_be_right():
