@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from puna.errors import UserError
@@ -31,6 +32,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 FORMAT = "puna training checkpoint 1"
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20  # bytes
+ERRORS = (Exception, CheckpointException)  # torch made the latter a BaseException
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Checkpoints:
         else:
             try:
                 dcp.save(state, **where)
-            except Exception as error:
+            except ERRORS as error:
                 self._failed(step, error)
         self.pending = _Pending(step, facts, self.thread.submit(self._hash, hidden, written))
         if not self.asynchronous:
@@ -113,7 +115,7 @@ class Checkpoints:
         failed: str | None = None
         try:
             files = pending.work.result()
-        except Exception as error:
+        except ERRORS as error:
             failed = _reason(error)
         for part, problem in self._gather((files, failed)):
             files |= part

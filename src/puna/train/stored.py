@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
@@ -77,14 +78,16 @@ def load_state(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | N
     Raises UserError when the folder holds something else.
     """
     try:
+        reader = _Reader(folder)
+        reader.read_metadata()
         dcp.load(
             state,
-            storage_reader=_Reader(folder),
+            storage_reader=reader,
             planner=_Planner(),
             process_group=group,
             no_dist=group is None,
         )
-    except Exception as error:  # DCP wraps what any rank raised, BaseException that it is, by rank
+    except (Exception, CheckpointException) as error:  # the latter, a BaseException, holds what each rank raised
         causes = getattr(error, "failures", None)
         first = next(iter(causes.values()))[0] if causes else error
         raise UserError(f"{folder} can't be loaded: {_sentence(first)}") from error
