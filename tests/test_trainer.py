@@ -88,7 +88,7 @@ def gradients(made: Trainer, rows) -> tuple[dict[str, torch.Tensor], float, floa
 
 
 def reference(made: Trainer, sequences):
-    """The same by transformers' own model and loss, each sequence (ids, labels, not shifted) in a forward of its own."""
+    """The same by transformers' model and loss, each sequence (ids, labels, not shifted) in a forward of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{k: v for k, v in made.config.to_hf().items() if k not in ("architectures", "model_type")})
