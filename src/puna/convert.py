@@ -28,12 +28,13 @@ from puna.weights import proof
 from puna.weights.files import write_json
 from puna.weights.gguf_write import write_gguf
 from puna.weights.hf import MAX_SHARD, write_hf
+from puna.weights.megatron import without_padding, write_megatron
 from puna.weights.meta import write_meta
 from puna.weights.ranks import write_ranks
 from puna.weights.source import Index, Source, open_source
 from puna.weights.staging import manifest_path, staged
 
-FORMATS = ("hf", "gguf", "meta", "ranks")
+FORMATS = ("hf", "gguf", "meta", "ranks", "megatron")
 DTYPES: dict[str, Any] = {
     "auto": None,
     "float32": torch.float32,
@@ -41,6 +42,7 @@ DTYPES: dict[str, Any] = {
     "float16": torch.float16,
     "q8_0": "q8_0",
 }
+PARTS = ("shards", "ranks", "types", "tp", "pp", "padded_vocab_size")  # details that the manifest tells
 Q8_0_BLOCK = 32  # numbers of a row that share a scale
 
 
@@ -58,14 +60,21 @@ class Conversion:
 class Target:
     """What is to be written. Raises `UserError` for what doesn't go together.
 
-    `to`: hf, gguf, meta or ranks. `dtype`: auto (each tensor's own), float32, bfloat16, float16, or for gguf q8_0.
-    `ranks`: parts of a meta or ranks result. `max_shard`: bytes of an hf weight file.
+    `to`: hf, gguf, meta, ranks or megatron. `dtype`: auto (each tensor's own), float32, bfloat16, float16, or for gguf
+    q8_0. `ranks`: parts of a meta or ranks result. `max_shard`: bytes of an hf weight file. Of a megatron result: `tp`
+    tensor-parallel ranks, `pp` stages, `names` (ascendspeed, legacy or core), `merge_mlp` (gate and up in one matrix),
+    `vocab_multiple` x tp that the vocabulary is padded to a multiple of.
     """
 
     to: str = "hf"
     dtype: str = "auto"
     ranks: int = 1
     max_shard: int = MAX_SHARD
+    tp: int = 1
+    pp: int = 1
+    names: str = "ascendspeed"
+    merge_mlp: bool = False
+    vocab_multiple: int = 128
 
     def __post_init__(self) -> None:
         if self.to not in FORMATS:
@@ -76,6 +85,8 @@ class Target:
             raise UserError(f"q8_0 is a type of GGUF, {self.to} can't hold it: choose --to gguf or another --dtype")
         if self.ranks != 1 and self.to not in ("meta", "ranks"):
             raise UserError(f"{self.to} isn't split over ranks: choose --to meta or --to ranks, or leave --ranks out")
+        if (self.tp, self.pp, self.merge_mlp) != (1, 1, False) and self.to != "megatron":
+            raise UserError(f"--tp, --pp and --merge-mlp cut a megatron result, not {self.to}: choose --to megatron")
         if self.max_shard < 1:
             raise UserError("the largest weight file must have room for something: choose --max-shard-gb above 0")
 
@@ -87,6 +98,17 @@ class Target:
             write_gguf(source, path, dtype)
         elif self.to == "meta":
             write_meta(source, path, dtype, shards=self.ranks)
+        elif self.to == "megatron":
+            write_megatron(
+                source,
+                path,
+                dtype,
+                tp=self.tp,
+                pp=self.pp,
+                naming=self.names,
+                merge_mlp=self.merge_mlp,
+                multiple=self.vocab_multiple,
+            )
         else:
             write_ranks(source, path, dtype, ranks=self.ranks)
 
@@ -100,6 +122,12 @@ def run(options: ConvertOptions) -> int:
         options.dtype,
         ranks=options.ranks,
         max_shard=int(options.max_shard_gb * 1e9),
+        tp=options.tp,
+        pp=options.pp,
+        names=options.names,
+        merge_mlp=options.merge_mlp,
+        vocab_multiple=options.make_vocab_size_divisible_by,
+        vocab_size=options.vocab_size,
         revision=options.revision,
         overwrite=options.overwrite,
         prove=options.proof,
@@ -118,10 +146,12 @@ def convert(
     revision: str | None = None,
     overwrite: bool = False,
     prove: bool = True,
+    vocab_size: int | None = None,
     **layout: Any,
 ) -> Conversion:
     """Writes the checkpoint `src` (path, Hub id or alias) to `dst`; `to`, `dtype` and `layout` are those of `Target`.
 
+    `vocab_size`: tokens of the source's vocabulary; rows beyond, a Megatron checkpoint's padding, are left out.
     An existing `dst` is replaced only under `overwrite`, and only if an earlier conversion wrote it. Raises `UserError`
     for what can't be converted, `ProofError` when the result, read back, isn't its source; `dst` is then as it was.
     """
@@ -129,6 +159,8 @@ def convert(
     with open_source(src, revision=revision) as source:
         # Where it was on this machine is no one else's business; a Hub id or an alias is.
         name = source.path.resolve().name if Path(src).expanduser().exists() else str(src)
+        if vocab_size is not None:
+            source = without_padding(source, vocab_size)
         return write(source, dst, target, name, overwrite=overwrite, prove=prove)
 
 
@@ -259,7 +291,7 @@ def _manifest(name: str, source: Source, result: Source, dtype: str, proven: dic
             "dtype": dtype if dtype == "q8_0" else result.hf_config["torch_dtype"],
             "rope_order": _rope_order(result.format),
             "tensors": len(result.tensors),
-            "details": {key: result.details[key] for key in ("shards", "ranks", "types") if key in result.details},
+            "details": {key: result.details[key] for key in PARTS if key in result.details},
         },
         "vocabulary": vocabulary,
         "tokenizer": said or None,
@@ -268,7 +300,7 @@ def _manifest(name: str, source: Source, result: Source, dtype: str, proven: dic
 
 
 def _rope_order(name: str) -> str:
-    return "halves" if name in ("hf", "ranks") else "neighbours"
+    return "halves" if name in ("hf", "ranks", "megatron") else "neighbours"
 
 
 def _place(file: Path, base: Path) -> str:

@@ -1,7 +1,7 @@
 """One face for a checkpoint of any format: Hugging Face names, rotate-half RoPE order, one tensor at a time.
 
-A format module (hf, meta, ranks, gguf, llama2c) has `detect(path) -> bool` and `open_<format>(path) -> Source`. Whoever
-reads weights holds a `Source` and never learns which file a tensor came from.
+A format module (hf, meta, ranks, megatron, gguf, llama2c) has `detect(path) -> bool` and `open_<format>(path) ->
+Source`. Whoever reads weights holds a `Source` and never learns which file a tensor came from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from puna.model.config import ModelConfig
     from puna.text import Tokenizer
 
-FORMATS = ("hf", "ranks", "meta", "gguf", "llama2c")  # asked in this order
+FORMATS = ("hf", "ranks", "megatron", "meta", "gguf", "llama2c")  # asked in this order
 
 Index = tuple[slice, ...]
 Reader = Callable[[str, Index | None], torch.Tensor]
@@ -106,7 +106,8 @@ def open_source(ref: str | Path, *, revision: str | None = None) -> Source:
         raise UserError(f"{path} has a config.json and no weights that puna reads: no .safetensors or .bin files")
     raise UserError(
         f"{path} is no checkpoint that puna reads: that is a directory with config.json and safetensors or .bin"
-        " weights, consolidated.*.pth with params.json, part_model/0 and on, a .gguf or a llama2.c .bin file"
+        " weights, consolidated.*.pth with params.json, part_model/0 and on, Megatron's mp_rank_00 and on, a .gguf or a"
+        " llama2.c .bin file"
     )
 
 

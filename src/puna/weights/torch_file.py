@@ -6,7 +6,9 @@ import errno
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from torch import Tensor
 from puna.errors import UserError
 
 
-def save_file(state: dict[str, Tensor], path: Path) -> None:
-    """Writes a state dict. Raises `OSError` when the disk is full, where torch hides it behind an error of its own."""
+def save_file(state: Mapping[str, Any], path: Path) -> None:
+    """Writes a dictionary of tensors. Raises `OSError` when the disk is full, where torch hides it behind an error of
+    its own."""
     with path.open("wb") as file:
         try:
             torch.save(state, file)
