@@ -76,6 +76,11 @@ CASES = [
         [Chat(said(("system", "S"), USER, GPT))],
     ),
     ("openai", {"messages": said(("system", "S"), USER, GPT)}, [Chat(said(("system", "S"), USER, GPT))]),
+    (
+        "openai",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": None}, *said(GPT)]},
+        [Chat(said(USER, GPT))],
+    ),
     ("openai", {"messages": said(USER, GPT), "tools": "[{}]"}, [Chat(said(USER, GPT), tools=[{}])]),
     (
         "moss",

@@ -222,6 +222,28 @@ def test_malformed_rows_are_counted_and_named(tmp_path, tokenizer, capsys):
     assert "rejected 3 of 10 rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name, content, reasons",
+    [
+        ("a.txt", "good\nb\0d\n".encode("utf-16"), {"not UTF-8", "holds a zero byte, as UTF-16 does"}),
+        ("b.txt", "caf\xe9\n".encode("latin-1"), {"not UTF-8"}),
+        ("c.jsonl", b'{"text": "\\ud800 half"}', {"half of a surrogate pair"}),
+        ("d.jsonl", b'{"text": ' + b"[" * 9999 + b"]" * 9999 + b"}", {"malformed JSON"}),
+        ("e.jsonl", json.dumps({"messages": [{**turn, "content": "\ud800"} for turn in CHATS[0]["messages"]]}).encode(),
+         {"half of a surrogate pair"}),
+        ("f.jsonl", b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{}]}]}',
+         {"the chat template knows no tool calls"}),
+    ],
+)  # fmt: skip
+def test_a_bad_row_never_stops_the_others(tmp_path, tokenizer, name, content, reasons):
+    good = json.dumps(CHATS[0] if b"messages" in content else {"text": "good"}).encode()
+    (tmp_path / name).write_bytes((b"good" if name.endswith("txt") else good) + b"\n" + content)
+    if name == "a.txt":
+        (tmp_path / name).write_bytes(content + b"\n\0good\n" + b"good")
+    card = run(options(tmp_path, tmp_path / name, tokenizer, validation=0.0))
+    assert set(card["rejected"]) == reasons and card["splits"]["train"]["samples"] == 1
+
+
 def test_what_cannot_be_prepared_is_said(tmp_path, corpus, tokenizer):
     def refused(match, *rows, name="a.jsonl", **kw):
         (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))

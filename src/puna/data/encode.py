@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -137,6 +138,7 @@ def start_worker(job: Job) -> None:
     """Called once in each process: the job is large, its chunks are small."""
     global _job
     _job = job
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
 
 

@@ -330,7 +330,7 @@ def _say(role: str, content: Any) -> dict[str, Any]:
         raise RowError("a message is not text")
     if not content.strip():
         raise RowError("an empty message")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _whole(content)}
 
 
 def _system(row: Row) -> Messages:
@@ -349,6 +349,8 @@ def _messages(row: Row, name: str) -> Messages:
     for turn in _turns(row, name):
         # A table fills what a message doesn't have with null.
         message = {key: value for key, value in turn.items() if value is not None}
+        if isinstance(message.get("content"), list):
+            message["content"] = "\n".join(_text(part, "text") for part in _turns(message, "content"))
         if not message.get("tool_calls"):
             message |= _say(message.get("role", ""), _need(message, "content"))
         messages.append(message)
@@ -368,7 +370,15 @@ def _text(row: Row, name: str) -> str:
         raise RowError(f"{name} is not text")
     if not value.strip():
         raise RowError(f"an empty {name}")
-    return value
+    return _whole(value)
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError("half of a surrogate pair") from None
+    return text
 
 
 def _need(row: Row, name: str) -> Any:

@@ -7,10 +7,10 @@ cut out of the tokens by their offsets. Tokenising the prompt again to measure i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -51,18 +51,23 @@ class Encoder:
 
         Raises RowError for a sample that can't be used, MaskError where no sample can.
         """
-        match content:
-            case Pair():
-                return [self._chat(content.chosen), self._chat(content.rejected)]
-            case Chat():
-                return [self._chat(content)]
-            case Completion():
-                return [self._completion(content)]
+        try:
+            match content:
+                case Pair():
+                    return [self._chat(content.chosen), self._chat(content.rejected)]
+                case Chat():
+                    return [self._chat(content)]
+                case Completion():
+                    return [self._completion(content)]
+        except MaskError:
+            raise
+        except UserError as error:  # what template or tokenizer refuse, such as roles that don't alternate
+            raise RowError(str(error).rstrip(".")) from error
 
     def _completion(self, content: Completion) -> tuple[Ids, Ids]:
         begin = len(content.prompt)
-        ids, offsets = self._tokenize(content.prompt + content.answer, [begin], special=False)
-        prompt = sum(start < begin for start, _ in offsets)
+        ids, starts = self._tokenize(content.prompt + content.answer, [begin], special=False)
+        prompt = int(np.searchsorted(starts, begin))
         before, after = self._ends(True)
         if prompt == len(ids):
             raise RowError("no token to train on")
@@ -70,14 +75,9 @@ class Encoder:
 
     def _chat(self, chat: Chat) -> tuple[Ids, Ids]:
         messages = self._fit(chat.messages)
-        try:
-            text, spans = self.tokenizer.render_spans(messages, tools=chat.tools, **(self.values or {}))
-            if spans is None:
-                spans = self._differences(text, messages, chat)
-        except MaskError:
-            raise
-        except UserError as error:  # the template's own refusal, such as roles that don't alternate
-            raise RowError(str(error).rstrip(".")) from error
+        text, spans = self.tokenizer.render_spans(messages, tools=chat.tools, **(self.values or {}))
+        if spans is None:
+            spans = self._differences(text, messages, chat)
         answers = sum(message["role"] == "assistant" for message in messages)
         if chat.last or self.loss == "last":
             if len(spans) not in (1, answers):
@@ -85,8 +85,8 @@ class Encoder:
                     f"the template marks {len(spans)} spans in {answers} answers, so the last can't be told"
                 )
             spans = spans[-1:]
-        ids, offsets = self._tokenize(text, [begin for begin, _ in spans])
-        trained = self._tokens(ids, offsets, spans)
+        ids, starts = self._tokenize(text, [begin for begin, _ in spans])
+        trained = self._tokens(ids, starts, spans)
         if not trained:
             raise RowError("no token to train on")
         labels = [IGNORED] * len(ids)
@@ -101,7 +101,10 @@ class Encoder:
                 for part in (message.get("content"), message.get("input")):
                     if isinstance(part, str) and (found := self._forged.search(part)):
                         raise RowError(f"the text holds the special token {found.group()}")
-        if READS_INPUT.search(self.tokenizer.chat_template or ""):
+        template = self.tokenizer.chat_template or ""
+        if "tool_calls" not in template and any(message.get("tool_calls") for message in messages):
+            raise RowError("the chat template knows no tool calls")
+        if READS_INPUT.search(template):
             return messages
         return [
             {"role": "user", "content": f"{message['content']}\n{message['input']}"} if "input" in message else message
@@ -110,69 +113,61 @@ class Encoder:
 
     def _differences(self, text: str, messages: Messages, chat: Chat) -> list[tuple[int, int]]:
         """Spans of the answers: from the end of the prompt for each to the end of the conversation with it."""
-        spans = []
-        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        for at in answers[-1:] if chat.last or self.loss == "last" else answers:
-            ends = []
-            for count, prompt in ((at, True), (at + 1, False)):
-                if not count:
-                    raise RowError("the conversation begins with an answer")
-                whole = count == len(messages) and not prompt
-                part = (
-                    text
-                    if whole
-                    else self.tokenizer.render(
-                        messages[:count], add_generation_prompt=prompt, tools=chat.tools, **(self.values or {})
-                    )
-                )
-                if not text.startswith(part):
-                    raise MaskError(
-                        "the chat template writes the beginning of a conversation in another way once it goes on, so "
-                        "answers can't be told from prompts: mark them by {% generation %} in a template of your own "
-                        "(--template FILE.jinja)"
-                    )
-                ends.append(len(part))
-            spans.append((ends[0], ends[1]))
-        return spans
 
-    def _tokenize(self, text: str, begins: list[int], special: bool = True) -> tuple[Ids, list[tuple[int, int]]]:
-        """Ids and offsets of a text in which answers begin at `begins`.
+        def end(count: int, prompt: bool) -> int:
+            part = self.tokenizer.render(
+                messages[:count], add_generation_prompt=prompt, tools=chat.tools, **(self.values or {})
+            )
+            if not text.startswith(part):
+                raise MaskError(
+                    "the chat template writes the beginning of a conversation in another way once it goes on, so "
+                    "answers can't be told from prompts: mark them by {% generation %} in a template of your own "
+                    "(--template FILE.jinja)"
+                )
+            return len(part)
+
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        if answers[0] == 0:
+            raise RowError("the conversation begins with an answer")
+        wanted = answers[-1:] if chat.last or self.loss == "last" else answers
+        return [(end(at, True), end(at + 1, False) if at + 1 < len(messages) else len(text)) for at in wanted]
+
+    def _tokenize(self, text: str, begins: list[int], special: bool = True) -> tuple[Ids, np.ndarray]:
+        """Ids of a text in which answers begin at `begins`, and where each of them starts in it.
 
         Where one token would hold the end of a prompt and the beginning of its answer (`:D` in `Response:Dogs`), the
         text is cut there, so that the prompt has the ids that it will have when the model is asked.
         """
         ids, offsets = self.tokenizer.encode_offsets(text, special=special)
-        seams = [seam for seam in begins if any(start < seam < end for start, end in offsets)]
+        starts, ends = np.array(offsets).reshape(-1, 2).T
+        seams = [seam for seam in begins if (at := np.searchsorted(starts, seam)) and ends[at - 1] > seam]
         if not seams:
-            return ids, offsets
+            return ids, starts
         for guard in ("", "\n"):  # SentencePiece begins every text with a space; behind a line break it adds none
-            cut: Ids = []
-            places: list[tuple[int, int]] = []
-            for begin, end in pairwise([0, *seams, len(text)]):
-                before = guard if begin else ""
-                shift = begin - len(before)
-                for index, place in zip(
-                    *self.tokenizer.encode_offsets(before + text[begin:end], special=special), strict=True
-                ):
-                    if place[1] > len(before) or not before:
-                        cut.append(index)
-                        places.append((place[0] + shift, place[1] + shift))
+            parts = [(begin, end, guard if begin else "") for begin, end in pairwise([0, *seams, len(text)])]
+            found = [
+                (index, start + begin - len(before))
+                for begin, end, before in parts
+                for index, (start, stop) in self._pairs(before + text[begin:end], special)
+                if stop > len(before) or not before
+            ]
+            cut = [index for index, _ in found]
             if self.tokenizer.decode(cut, skip_special=False) == self.tokenizer.decode(ids, skip_special=False):
-                return cut, places
-        return ids, offsets
+                return cut, np.array([start for _, start in found])
+        return ids, starts
 
-    def _tokens(
-        self, ids: Ids, offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]
-    ) -> list[tuple[int, int]]:
+    def _pairs(self, text: str, special: bool) -> Iterator[tuple[int, tuple[int, int]]]:
+        return zip(*self.tokenizer.encode_offsets(text, special=special), strict=True)
+
+    def _tokens(self, ids: Ids, starts: np.ndarray, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """[first, last) of the tokens that begin in each span, up to and with the end token."""
-        starts = np.array([start for start, _ in offsets])
         stops, found = self.tokenizer.stop_ids, []
         for span in spans:
             first, last = (int(edge) for edge in np.searchsorted(starts, span))
             if first == last:
                 continue
             # A template may mark the answer with its end token, with the line break behind it, or without.
-            places = [*reversed(range(first, last)), *range(last, min(last + 1, len(ids)))]
+            places = chain(reversed(range(first, last)), range(last, min(last + 1, len(ids))))
             end = next((at for at in places if ids[at] in stops), None)
             if end is None:
                 raise MaskError(

@@ -338,6 +338,8 @@ def _report(card: dict[str, Any], found: list[Source], stats: Stats) -> None:
     for source in found:
         if not stats.rows.get(source.name):
             print(f"{source.name} holds no rows", file=sys.stderr)
+    if card["validation"] and len(card["splits"]) == 1:
+        print(f"all samples went to {next(iter(card['splits']))}: there are few, or equal ones", file=sys.stderr)
     for reason, count in sorted(card["rejected"].items(), key=lambda item: -item[1]):
         print(f"rejected {count:,} of {sum(stats.rows.values()):,} rows: {reason}", file=sys.stderr)
     for line in card["rejected_rows"]:

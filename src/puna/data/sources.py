@@ -166,7 +166,9 @@ def rows(chunk: Chunk) -> Iterator[dict[str, Any] | Bad]:
         except UnicodeDecodeError:
             yield Bad("not UTF-8")
             continue
-        if chunk.format == "text":
+        if "\0" in text:
+            yield Bad("holds a zero byte, as UTF-16 does")
+        elif chunk.format == "text":
             if text.strip():
                 yield {"text": text if chunk.documents in ("file", "article") else text.strip("\r\n")}
         elif text.strip():
