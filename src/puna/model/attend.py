@@ -36,10 +36,10 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True).transpose(1, 2)
 
 
-def packed(documents: Tensor) -> Attend:
+def packed(documents: Tensor, alone: Attend = causal) -> Attend:
     """Causal attention within each document of packed rows; documents [B, T] int, equal within one, one after another.
 
-    On a CPU each document is attended to alone, at the cost of the sum of their squared lengths.
+    On a CPU each document is attended to by `alone`, at the cost of the sum of their squared lengths.
     """
     order = torch.arange(documents.shape[1], device=documents.device)
     if documents.is_cuda:
@@ -47,13 +47,13 @@ def packed(documents: Tensor) -> Attend:
     changes = documents[:, 1:] != documents[:, :-1]
     rows = [[0, *(row.nonzero().squeeze(-1) + 1).tolist(), documents.shape[1]] for row in changes]
     if all(len(bounds) == 2 for bounds in rows):
-        return causal
+        return alone
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = []
         for row, bounds in enumerate(rows):
             parts = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-            out.append(torch.cat([causal(layer, *(x[row : row + 1, part] for x in (q, k, v))) for part in parts], 1))
+            out.append(torch.cat([alone(layer, *(x[row : row + 1, part] for x in (q, k, v))) for part in parts], 1))
         return torch.cat(out)
 
     return attend

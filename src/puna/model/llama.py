@@ -23,6 +23,14 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(weight.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467), accumulated in float32 or better.
 
@@ -34,10 +42,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
         self.read: Callable[[nn.Module, str], Tensor] = getattr
+        self.kernel: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.read(self, "weight")
-        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps).to(weight.dtype)
+        return self.kernel(x, self.read(self, "weight"), self.eps)
 
 
 class Embedding(nn.Module):
@@ -102,6 +110,7 @@ class MLP(nn.Module):
         self.gate_proj, self.up_proj = Linear(d, ffn, bias), Linear(d, ffn, bias)
         self.down_proj = Linear(ffn, d, bias)
         self.gate_up_proj: Linear | None = None  # set by build.fuse, which then removes the two
+        self.kernel: Callable[[Tensor, Tensor], Tensor] = swiglu
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
 
@@ -111,7 +120,7 @@ class MLP(nn.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj.add_bias(self.leave(self.down_proj.product(F.silu(gate) * up)))
+        return self.down_proj.add_bias(self.leave(self.down_proj.product(self.kernel(gate, up))))
 
 
 class Block(nn.Module):

@@ -37,7 +37,7 @@ from puna.model.llama import Llama
 from puna.parallel import context, data, dtensor
 from puna.parallel.collectives import enter
 from puna.parallel.mesh import MeshOptions, check_length, check_model, fill
-from puna.parallel.part import Loss, Part, compute_in, recompute
+from puna.parallel.part import Loss, Part, compute_in, recompute, use_blocked
 from puna.parallel.pipeline import Pipeline, cut
 
 Read = Callable[[str, tuple[slice, ...]], Tensor]
@@ -150,6 +150,8 @@ class Layout:
             part.attention = lambda documents: context.attention(documents, group, options.cp_method)
         if self.mesh is None and compute_dtype not in (None, dtype):
             compute_in(model, compute_dtype)
+        if self.device.type == "cpu" and self.context is None and (compute_dtype or dtype) == torch.bfloat16:
+            use_blocked(part)
         for module in model.modules():
             materialise(module, self.device)
         if model.embed_tokens is not None and model.lm_head is not None:
@@ -345,7 +347,8 @@ def whole(parts: Iterable[Part]) -> nn.Module:
     top, inner, layers = nn.Module(), nn.Module(), nn.ModuleDict()
     for part in parts:
         model = part.model
-        layers.update(model.layers)
+        for name, block in model.layers.items():
+            layers[name] = block
         if model.embed_tokens is not None:
             inner.embed_tokens = model.embed_tokens
         if model.norm is not None:

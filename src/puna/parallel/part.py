@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from puna.errors import UserError
+from puna.kernels import blocked
 from puna.model.attend import Attend, causal, packed
 from puna.model.linear import Linear
-from puna.model.llama import Llama, RMSNorm, identity
+from puna.model.llama import MLP, Llama, RMSNorm, identity
 from puna.model.lora import LoRA
 
 RECOMPUTE = ("none", "selective", "full")
@@ -78,18 +79,29 @@ def attention(documents: Tensor | None) -> Attend:
 def compute_in(model: Llama, dtype: torch.dtype) -> None:
     """Multiply in `dtype` with weights that stay as they are stored; their gradients come in the stored type.
 
-    Each weight is cast when it is used. The embedding is cast after the lookup, so that the gradients of a frequent
-    token are summed in the stored type; the output layer's weight is left to the loss, for the same reason.
+    The embedding is cast after the lookup, so that the gradients of a frequent token are summed in the stored type; the
+    output layer's weight is left to the loss, for the same reason.
     """
 
     def read(module: nn.Module, name: str) -> Tensor:
         return getattr(module, name).to(dtype)
 
     for module in model.modules():
-        if isinstance(module, Linear | RMSNorm) and module is not model.lm_head:
+        if isinstance(module, Linear) and module is not model.lm_head:
+            module.scheme, module.read = blocked.Mixed(dtype), read
+        elif isinstance(module, RMSNorm):
             module.read = read
-    if model.embed_tokens is not None:
-        model.embed_tokens.leave = lambda x: x.to(dtype)
+    model.embed_tokens.leave = lambda x: x.to(dtype)
+
+
+def use_blocked(part: Part) -> None:
+    """Let the part compute with `puna.kernels.blocked`: on a CPU, in 16 bits."""
+    for module in part.modules():
+        if isinstance(module, RMSNorm):
+            module.kernel = blocked.rms_norm
+        elif isinstance(module, MLP):
+            module.kernel = blocked.swiglu
+    part.attention = lambda documents: blocked.causal if documents is None else packed(documents, blocked.causal)
 
 
 def recompute(block: nn.Module, how: str) -> None:
@@ -110,7 +122,6 @@ _aten = torch.ops.aten
 PRODUCTS = {
     _aten.mm.default,
     _aten.addmm.default,
-    _aten.bmm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
