@@ -120,7 +120,8 @@ def loss(hidden, labels, head):
 @functools.cache
 def weight(name, shape):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64)
-    return noise * (0.3 if len(shape) == 1 else shape[1] ** -0.5) + name.endswith("norm.weight")
+    size = 0.3 if len(shape) == 1 else 0.1 if name.endswith(".b") else shape[1] ** -0.5
+    return noise * size + name.endswith("norm.weight")
 
 
 class Run:

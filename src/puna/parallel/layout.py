@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch.distributed.tensor import DTensor, Shard
 from puna.errors import UserError
 from puna.model.llama import Llama
 from puna.parallel import context, data, dtensor
+from puna.parallel.alive import LOST, RankLost, Watch, ended, is_lost
 from puna.parallel.collectives import enter
 from puna.parallel.mesh import MeshOptions, check_length, check_model, fill
 from puna.parallel.part import Loss, Part, compute_in, recompute, use_blocked
@@ -331,6 +333,30 @@ class Layout:
             dist.broadcast(other, group_src=0, group=self.ends)
             if not torch.equal(here, other):
                 raise RuntimeError("the embeddings of the first and the last pipeline stage have come to differ")
+
+    @contextmanager
+    def guard(self, lost_after: float = LOST) -> Iterator[None]:
+        """Around a run. When a rank ends in it, however it does, the others raise RankLost, which names it, or end.
+
+        A rank is lost that gives no sign of life for `lost_after` seconds, or that an error has thrown out of here.
+        """
+        if self.mesh is None:
+            yield
+            return
+        watch = Watch(self.rank, self.size, lost_after)
+        try:
+            yield
+            dist.barrier()  # so that none is missed while others still work
+        except BaseException as error:
+            if not is_lost(error):
+                watch.say()
+                raise
+            lost = watch.verdict()
+            if lost is None or lost == self.rank:
+                raise
+            raise RankLost(ended(lost)) from error
+        finally:
+            watch.close()
 
     def barrier(self) -> None:
         if self.mesh is not None:
