@@ -6,6 +6,7 @@ where it is installed, Megatron-core's model itself.
 
 import argparse
 import enum
+import importlib.util
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -442,6 +444,24 @@ def test_virtual_stages_are_read_in_the_order_of_the_model(tiny_checkpoint, tmp_
         shutil.rmtree(other.parent)
     with open_source(source) as a, open_source(tmp_path / "mg") as b:
         assert all(torch.equal(a.read(name), b.read(name)) for name in a.tensors)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["grouped heads", "multi-head", "padded", "tied"])
+def test_megatron_core_computes_the_same(model, tiny_checkpoint, tmp_path):
+    """Its own GPT model takes every tensor of our file, and gives our logits."""
+    if importlib.util.find_spec("megatron") is None:
+        pytest.skip("needs megatron-core, of the extra `bench`")
+    source = tiny_checkpoint(**MODELS[model])
+    convert(source, tmp_path / "mg", "megatron", names="core")
+    script = Path(__file__).with_name("megatron_core.py")
+    subprocess.run([sys.executable, script, tmp_path / "mg", tmp_path / "logits.pt"], check=True, timeout=120)
+    ids = torch.randint(380, (2, 11), generator=torch.Generator().manual_seed(0))
+    with open_source(source) as opened, torch.inference_mode():
+        ours = load_model(opened, torch.float32)
+        logits = ours.logits(ours(ids, torch.arange(11).expand(2, 11), causal))
+    theirs = torch.load(tmp_path / "logits.pt")[..., : logits.shape[-1]]
+    assert (logits - theirs).abs().max() < 1e-5
 
 
 def test_it_runs_from_where_it_lies(tiny_checkpoint, tmp_path):
