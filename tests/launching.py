@@ -1,6 +1,7 @@
 """Python processes as the ranks of one group, for tests."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 
-SECONDS = 60  # within which every launch must end, on a busy machine too; what it guards against is a hang
+SECONDS = 240  # after which a launch counts as hanging; on a machine that is not overrun it takes five
 
 
 @dataclass
@@ -26,14 +27,19 @@ def launch(size, *argv):
     ranks = []
     for rank in range(size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "PYTHONFAULTHANDLER": 1}
         variables = os.environ | {key: str(value) for key, value in place.items()}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen([sys.executable, *map(str, argv)], env=variables, **pipes))
     end = time.monotonic() + SECONDS
-    try:
-        outputs = [rank.communicate(timeout=max(0.1, end - time.monotonic())) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [Ended(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+    outputs, hung = [], []
+    for number, rank in enumerate(ranks):
+        try:
+            outputs.append(rank.communicate(timeout=max(0.1, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            hung.append(number)
+            rank.send_signal(signal.SIGABRT)  # shows where it is
+            outputs.append(rank.communicate())
+    ended = [Ended(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+    assert not hung, f"ranks {hung} did not end: {ended}"
+    return ended

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -125,7 +124,7 @@ def test_smollm2_on_three_ranks(smollm2, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     words = ("--file", rows, "--dtype", "float32", "--max-tokens", 24, "--logprobs", 2)
-    out, _ = torchrun(3, "generate", smollm2, *words).communicate(timeout=5 * SECONDS)
+    out, _ = torchrun(3, "generate", smollm2, *words).communicate(timeout=SECONDS)
     params = SamplingParams(max_tokens=24, logprobs=2)
     alone = LLM(smollm2, dtype="float32").generate(prompts, params)
     for line, answer in zip(out.splitlines(), alone, strict=True):
@@ -166,8 +165,7 @@ def test_ctrl_c_ends_all_ranks_at_once(tiny_checkpoint, when):
     running = torchrun(2, "chat", tiny_checkpoint(), "--max-tokens", length, stdin=subprocess.PIPE, bufsize=1)
     running.stdin.write("Hello\n")
     running.stdout.read(1 if when == "in an answer" else 2)
-    start = time.monotonic()
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=SECONDS)
-    assert time.monotonic() - start < 15, "torchrun had to kill a rank, which it does after 30 seconds"
+    assert "forcefully" not in err, "torchrun had to kill a rank, which it does after 30 seconds"
     assert err.count("puna: stopped") == 1 and "(rank 1)" not in err
