@@ -413,6 +413,7 @@ def test_what_the_arguments_can_not_say_is_refused(tiny_checkpoint, tmp_path):
         ({"rotary_interleaved": True}, "rotary_interleaved=True"),
         ({"num_experts": 8}, "num_experts=8"),
         ({"num_layers": None}, "its files lack num_layers"),
+        ({"hidden_size": "64"}, "hidden_size='64', which is no number"),
     ],
 )
 def test_arguments_of_another_architecture_are_refused(args, said, tiny_checkpoint, tmp_path):

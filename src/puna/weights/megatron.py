@@ -8,6 +8,7 @@ template, in AscendSpeed's the architecture too) we write beside them as config.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -53,17 +54,18 @@ def open_megatron(path: Path) -> Source:
     virtual = [name for name in ("model", *(f"model{n}" for n in range(64))) if name in states[0][0]]
     stages = [[_roles(files[rank][stage], states[rank][stage], name) for rank in range(tp)]
               for name in virtual for stage in range(pp)]  # fmt: skip
-    home = next((folder for folder in (path, path.parent) if (folder / "config.json").exists()), None)
-    tokens = next((folder for folder in (path, path.parent) if hf.has_tokenizer(folder)), None)
+    homes = [path] if (path / TRACKER).exists() else [path, path.parent]
+    home = next((folder for folder in homes if (folder / "config.json").exists()), None)
+    tokens = next((folder for folder in homes if hf.has_tokenizer(folder)), None)
+    tokenizer = functools.cache(lambda: hf.load_tokenizer(tokens) if tokens else None)
     vocab = sum(rank[None, "embedding.weight"].shape[0] for rank in stages[0] if (None, "embedding.weight") in rank)
     if home is not None:
         hf_config = read_json(home / "config.json")
     else:
-        own = hf.load_tokenizer(tokens).vocab_size if tokens else None  # type: ignore[union-attr]
-        size = min(said.get("vocab_size") or own or vocab, vocab)
-        hf_config = config_from(path, said, vocab_size=size)
-        if not said.get("untie_embeddings_and_output_weights") and (None, "output.weight") in stages[-1][0]:
-            hf_config["tie_word_embeddings"] = pp > 1
+        own = tokenizer()
+        hf_config = config_from(path, said, rows=vocab, tokens=own.vocab_size if own else None)
+        if pp == 1 and (None, "output.weight") in stages[-1][0]:
+            hf_config["tie_word_embeddings"] = False
     config = ModelConfig.from_hf(hf_config)
     fused = (0, "gate_up.weight") in stages[0][0]
     cut = Cut(config, tp, max(vocab, config.vocab_size), fused)
@@ -86,7 +88,7 @@ def open_megatron(path: Path) -> Source:
         files=[file for rank in files for file in rank] + [file for file in others if file.exists()],
         details={"tp": tp, "pp": pp, "padded_vocab_size": vocab, "mlp": "one matrix" if fused else "gate and up"},
         reader=read,
-        load_tokenizer=lambda: hf.load_tokenizer(tokens) if tokens else None,
+        load_tokenizer=tokenizer,
     )
 
 

@@ -11,6 +11,7 @@ from puna.errors import UserError
 from puna.model.config import ModelConfig
 
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+SIZES = (*NEEDED, "num_query_groups", "kv_channels", "max_position_embeddings", "seq_length", "vocab_size")
 # Arguments that must have these values, when they are there, for the model to be a LLaMA.
 FIXED: dict[str, tuple[Any, ...]] = {
     "swiglu": (True,),
@@ -26,8 +27,11 @@ FIXED: dict[str, tuple[Any, ...]] = {
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def config_from(path: Path, said: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
-    """The config.json of what `args` describe. Raises `UserError` for what is missing or no LLaMA."""
+def config_from(path: Path, said: Mapping[str, Any], *, rows: int, tokens: int | None) -> dict[str, Any]:
+    """The config.json of what the arguments describe. Raises `UserError` for what is missing or no LLaMA.
+
+    `rows` of the embedding, padding included; `tokens` of the tokenizer, where there is one.
+    """
     if missing := [name for name in NEEDED if not said.get(name)]:
         raise UserError(
             f"{path} doesn't say what model it is: there is no config.json beside it, and its files"
@@ -37,6 +41,9 @@ def config_from(path: Path, said: Mapping[str, Any], *, vocab_size: int) -> dict
     for name, allowed in FIXED.items():
         if name in said and said[name] not in allowed:
             raise UserError(f"{path} was trained with {name}={said[name]!r}, which is no LLaMA that puna implements")
+    for name in SIZES:
+        if not isinstance(said.get(name) or 1, int):
+            raise UserError(f"{path} says {name}={said[name]!r}, which is no number of anything")
     heads = said["num_attention_heads"]
     groups = said.get("num_query_groups") if said.get("group_query_attention") else heads
     scaling = None
@@ -50,7 +57,7 @@ def config_from(path: Path, said: Mapping[str, Any], *, vocab_size: int) -> dict
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": vocab_size,
+        "vocab_size": min(said.get("vocab_size") or tokens or rows, rows),
         "hidden_size": said["hidden_size"],
         "intermediate_size": said["ffn_hidden_size"],
         "num_hidden_layers": said["num_layers"],
