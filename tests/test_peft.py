@@ -367,6 +367,7 @@ def spoiled(source):
     return replace(source, reader=read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_ranks_compute_what_one_process_does(size, tiny_checkpoint, tmp_path):
     """With fewer key/value heads than 4 ranks."""
