@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from puna.data.cuts import TITLE
 from puna.data.handlers import HANDLERS, Chat, Completion, MissingField, Pair, RowError, Text, choose, detect
-from puna.data.sources import TITLE, Bad, chunks, find, rows
+from puna.data.sources import Bad, chunks, find, rows
 from puna.errors import UserError
 
 

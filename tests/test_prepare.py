@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from puna.cli import main
-from puna.data import encode, prepare, sources
+from puna.data import cuts, encode, output, prepare, sources
 from puna.data.prepare import prepare as run
 from puna.data.store import open_dataset
 from puna.errors import UserError
@@ -38,7 +39,7 @@ def corpus(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Many chunks, and workers for them however little there is to do."""
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(cuts, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(prepare, "SMALL", 0)
 
 
@@ -104,6 +105,7 @@ CHATS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.json.gz"])
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, tokenizer, small, name):
     text = "\n".join(map(json.dumps, CHATS)) if name.endswith("l") else json.dumps(CHATS)
@@ -132,10 +134,11 @@ def test_a_preference_has_four_stores(tmp_path, tokenizer):
 
 KILLED = """
 import os, signal, sys
-from puna.data import encode, prepare, sources
+from pathlib import Path
+from puna.data import cuts, output, prepare
 from puna.options import PrepareOptions
-prepare.SAVE_SECONDS, prepare.SMALL, sources.CHUNK_BYTES = 0, 0, 2000
-count, original = 0, prepare._Output.add
+output.SAVE_SECONDS, prepare.SMALL, cuts.CHUNK_BYTES = 0, 0, 2000
+count, original = 0, output.Output.add
 def add(self, source, result):
     global count
     count += 1
@@ -145,12 +148,13 @@ def add(self, source, result):
         self._writers[key]._tokens.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, source, result)
-prepare._Output.add = add
+output.Output.add = add
 if __name__ == "__main__":
-    prepare.prepare(PrepareOptions(src=(sys.argv[2],), out=prepare.Path(sys.argv[3]), tokenizer=sys.argv[4], workers=1))
+    prepare.prepare(PrepareOptions(src=(sys.argv[2],), out=Path(sys.argv[3]), tokenizer=sys.argv[4], workers=1))
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on(tmp_path, corpus, tokenizer, small, monkeypatch, capsys):
     plain = run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "plain/P"))
     (tmp_path / "killed.py").write_text(KILLED)
@@ -171,7 +175,7 @@ def test_killed_it_goes_on(tmp_path, corpus, tokenizer, small, monkeypatch, caps
 
 @pytest.mark.parametrize("seconds", [0, 100])
 def test_stopped_by_the_user_it_keeps_what_is_saved(tmp_path, corpus, tokenizer, small, monkeypatch, seconds):
-    monkeypatch.setattr(prepare, "SAVE_SECONDS", seconds)
+    monkeypatch.setattr(output, "SAVE_SECONDS", seconds)
     original, count = encode.encode_chunk, []
 
     def stop(*args):
@@ -191,9 +195,9 @@ def test_stopped_by_the_user_it_keeps_what_is_saved(tmp_path, corpus, tokenizer,
 
 
 def test_another_job_starts_over(tmp_path, corpus, tokenizer, small, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(output, "SAVE_SECONDS", 0)
     monkeypatch.setattr(
-        prepare.Stats, "add", lambda self, *a, f=prepare.Stats.add: f(self, *a) or _stop(self.chunks == 5)
+        output.Stats, "add", lambda self, *a, f=output.Stats.add: f(self, *a) or _stop(self.chunks == 5)
     )
     with pytest.raises(KeyboardInterrupt):
         run(options(tmp_path, corpus[0], tokenizer))
@@ -207,6 +211,32 @@ def test_another_job_starts_over(tmp_path, corpus, tokenizer, small, monkeypatch
 def _stop(now):
     if now:
         raise KeyboardInterrupt
+
+
+def test_killed_while_all_is_put_in_place(tmp_path, corpus, tokenizer, small, monkeypatch):
+    monkeypatch.setattr(output, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(prepare, "_card", lambda *args: _stop(True))
+    with pytest.raises(KeyboardInterrupt):
+        run(options(tmp_path, corpus[0], tokenizer))
+    (tmp_path / "out/.P_train_text_document.bin.part").rename(tmp_path / "out/P_train_text_document.bin")
+    monkeypatch.undo()
+    run(options(tmp_path, corpus[0], tokenizer))
+    run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "plain/P"))
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+
+
+def test_nothing_of_what_is_replaced_stays(tmp_path, corpus, tokenizer):
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    run(options(tmp_path, corpus[0], tokenizer, validation=0.2))
+    run(options(tmp_path, tmp_path / "chats.jsonl", tokenizer, validation=0.0, overwrite=True))
+    stores = {f"P{store}.{end}" for store in ("_input_ids_document", "_labels_document") for end in ("bin", "idx")}
+    assert set(files(tmp_path / "out")) == stores | {"P.json"}
+    (tmp_path / "corpus.json").write_text(json.dumps(CHATS))
+    with pytest.raises(UserError, match="corpus.json is no card of prepared data"):  # it is the source itself
+        run(options(tmp_path, tmp_path / "corpus.json", tokenizer, out=tmp_path / "corpus", overwrite=True))
+    (tmp_path / "out/P.json").unlink()
+    with pytest.raises(UserError, match="exists already"):
+        run(options(tmp_path, corpus[0], tokenizer))
 
 
 def test_malformed_rows_are_counted_and_named(tmp_path, tokenizer, capsys):
@@ -263,8 +293,8 @@ def test_what_cannot_be_prepared_is_said(tmp_path, corpus, tokenizer):
     refused("another way once it goes on", CHATS[1], template=str(_bad_template(tmp_path)))
     bare = tmp_path / "bare"
     bare.mkdir()
-    settings = json.loads((prepare.Path(tokenizer) / "tokenizer_config.json").read_text())
-    (bare / "tokenizer.json").write_bytes((prepare.Path(tokenizer) / "tokenizer.json").read_bytes())
+    settings = json.loads((Path(tokenizer) / "tokenizer_config.json").read_text())
+    (bare / "tokenizer.json").write_bytes((Path(tokenizer) / "tokenizer.json").read_bytes())
     (bare / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "chat_template"}))
     with pytest.raises(UserError, match="no chat template: choose the one to train it with by --template"):
         (tmp_path / "a.jsonl").write_text(json.dumps(CHATS[0]))
@@ -281,6 +311,7 @@ def _bad_template(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(tmp_path, corpus, tokenizer, small, monkeypatch):
     monkeypatch.setattr(prepare.encode, "work", _die)
     with pytest.raises(UserError, match="a worker process was killed"):
@@ -295,7 +326,7 @@ def _die(chunk):
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(cuts, "CHUNK_BYTES", 1 << 14)
     peaks = []
     for copies in (200, 2000):
         (tmp_path / "a.jsonl").write_text('{"text": "the puna is the high grassland"}\n' * copies)
@@ -314,6 +345,7 @@ def test_the_command_line(tmp_path, corpus, tokenizer, capsys):
     assert main(["data", "prepare", str(corpus[0]), "--out", str(out), "--tokenizer", tokenizer]) == 2
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes(tmp_path, corpus, tokenizer, small):
     pytest.importorskip("ray", reason="needs ray (extra ray)")
     (tmp_path / "b.json").write_text(json.dumps([{"text": text} for text in corpus[1][:50]]))

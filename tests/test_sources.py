@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.data import sources
+from puna.data import cuts, sources
 from puna.data.json_stream import json_texts
 from puna.data.sources import Bad, Source, chunks, find, rows
 from puna.errors import UserError
@@ -24,7 +24,7 @@ LINES = "\n".join(json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumera
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of a few rows, so that every test has many cuts."""
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(cuts, "CHUNK_BYTES", 500)
     monkeypatch.setattr(sources, "CHUNK_ROWS", 7)
 
 
@@ -92,7 +92,7 @@ TEXT = "one\n\n two \r\n\n\n three\nfour\n\n= = Head = =\nfive"
 @pytest.mark.parametrize("end", ["", ".gz"])
 @pytest.mark.parametrize("size", [1, 3, 8, 1000])
 def test_a_text_file_is_cut_into_documents(tmp_path, monkeypatch, end, size):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", size)
+    monkeypatch.setattr(cuts, "CHUNK_BYTES", size)
     path = pack(tmp_path / f"a.txt{end}", TEXT.encode())
     lines = ["one", " two ", " three", "four", "= = Head = =", "five"]
     assert [row["text"] for row in read(path)] == lines
@@ -110,7 +110,7 @@ ARTICLES = [
 
 @pytest.mark.parametrize("size", [1, 30, 1000])
 def test_wikitext_is_cut_into_articles(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", size)
+    monkeypatch.setattr(cuts, "CHUNK_BYTES", size)
     text = " \n" + "".join(ARTICLES)
     for name in ("wiki.valid.tokens", "wiki.txt.gz"):
         found = read(pack(tmp_path / name, text.encode()), "article")
@@ -202,7 +202,7 @@ def test_a_hub_dataset_is_streamed(monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(cuts, "CHUNK_BYTES", 1 << 16)
     row = json.dumps({"text": "x" * 1000}).encode()
     count = 20_000
     data = b"[" + b",\n".join([row] * count) + b"]" if name == "a.json" else b"\n".join([row] * count)

@@ -7,29 +7,26 @@ far that is; a second run of the same command cuts the files to that place and g
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
 import sys
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from puna.data import encode, handlers, sources
-from puna.data.encode import NAMED, STORES, Counts, Encoded, Job
+from puna.data.encode import Encoded, Job
 from puna.data.masks import Encoder
+from puna.data.output import Output, Stats, all_stores, prefix_of
 from puna.data.sources import Chunk, Source
-from puna.data.store import StoreWriter, token_dtype
+from puna.data.store import MAX_CARD
 from puna.errors import UserError
 from puna.options import PrepareOptions
 from puna.progress import meter
@@ -38,37 +35,8 @@ from puna.weights import hub
 from puna.weights.source import open_source
 
 SMALL = 4 << 20  # bytes of input that are done sooner than a worker starts
-SAVE_SECONDS = 20.0
 PROBED = 100  # rows that are tried before the work begins
 VERSION = 1
-
-
-@dataclass
-class Stats:
-    """What was done so far: chunks of all sources, and by `marks` how long each store is, (documents, bytes)."""
-
-    chunks: int = 0
-    marks: dict[str, tuple[int, int]] = field(default_factory=dict)
-    counts: dict[str, Counts] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)  # by source
-    rejected: Counter[str] = field(default_factory=Counter)
-    named: list[str] = field(default_factory=list)
-
-    def add(self, source: str, result: Encoded) -> None:
-        """Count what came of the next chunk."""
-        before = self.rows.get(source, 0)
-        named = [f"{source}, row {before + row + 1}: {why}" for row, why in result.named]
-        self.named += named[: NAMED - len(self.named)]
-        self.chunks += 1
-        self.rows[source] = before + result.rows
-        self.rejected.update(result.rejected)
-        for split, counts in result.counts.items():
-            self.counts.setdefault(split, Counts()).add(counts)
-
-    @classmethod
-    def load(cls, content: dict[str, Any]) -> Stats:
-        counts = {split: Counts(**values) for split, values in content.pop("counts").items()}
-        return cls(**{**content, "counts": counts, "rejected": Counter(content["rejected"])})
 
 
 def run(options: PrepareOptions) -> None:
@@ -82,8 +50,12 @@ def run(options: PrepareOptions) -> None:
 def prepare(options: PrepareOptions) -> dict[str, Any]:
     """Prepare the data as `options` say and return their card. Raises UserError for whatever the user can put right."""
     card_path = options.out.with_name(options.out.name + ".json")
-    if card_path.exists() and not options.overwrite:
-        raise UserError(f"{card_path} exists already: choose another --out, or add --overwrite")
+    manifest = options.out.with_name(f".{options.out.name}.prepare.json")
+    there = [path for path in (card_path, *all_stores(options.out)) if path.exists()]
+    if there and not options.overwrite and not manifest.exists():
+        raise UserError(f"{there[0]} exists already: choose another --out, or add --overwrite")
+    if card_path in there and not _is_card(card_path):
+        raise UserError(f"{card_path} is no card of prepared data: choose another --out, or remove it yourself")
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation is a share from 0 up to 1, not {options.validation}")
     tokenizer = load_tokenizer(options.tokenizer, options.template)
@@ -98,7 +70,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         from puna.data.ray_engine import encoded
     else:
         encoded = encoded_here
-    with _Output(options, job, facts) as output:
+    with Output(options, job, facts, manifest) as output:
         work = encoded(job, found, documents, cores, output.stats.chunks)
         with meter("Preparing", unit="tok") as advance, closing(work):
             for source, result in work:
@@ -114,9 +86,13 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     return card
 
 
-def prefix_of(options: PrepareOptions, split: str) -> str:
-    """The prefix of a split's stores."""
-    return f"{options.out}_{split}" if options.validation else str(options.out)
+def _is_card(path: Path) -> bool:
+    """Whether a preparation wrote this file, so that another one may replace it; it could be a source."""
+    try:
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_CARD else None
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "splits" in content
 
 
 def load_tokenizer(ref: str, template: str | None = None) -> Tokenizer:
@@ -210,78 +186,6 @@ def encoded_here(
         pool.shutdown(cancel_futures=True)
 
 
-class _Output:
-    """The stores that are being written, and the manifest that says how far."""
-
-    def __init__(self, options: PrepareOptions, job: Job, facts: dict[str, Any]) -> None:
-        self.options = options
-        self.manifest = options.out.with_name(f".{options.out.name}.prepare.json")
-        self.identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        self.stats = self._resume()
-        kind = handlers.choose(job.handler).kind
-        text = token_dtype(job.encoder.tokenizer.vocab_size)
-        splits = ("train", "validation") if options.validation else ("train",)
-        self._stores = {(split, store): text if kind == "text" else np.dtype(np.int32)
-                        for split in splits for group in STORES[kind] for store in group}  # fmt: skip
-        self._writers: dict[tuple[str, str], StoreWriter] = {}
-        self._saved, self._kept = time.monotonic(), bool(self.stats.chunks)
-
-    def __enter__(self) -> _Output:
-        for (split, store), dtype in self._stores.items():
-            at = self.stats.marks.get(split + store)
-            self._writers[split, store] = StoreWriter(prefix_of(self.options, split) + store, dtype, at=at)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """When something went wrong, what was saved stays; before the first save there is nothing worth keeping."""
-        if kind is None:
-            return
-        for writer in self._writers.values():
-            if self._kept:
-                writer.close()
-            else:
-                writer.discard()
-        if self._kept:
-            print("what was saved is kept: the same command goes on from there", file=sys.stderr)
-
-    def add(self, source: str, result: Encoded) -> None:
-        """Write what came of the next chunk."""
-        for key, (ids, lengths) in result.stores.items():
-            self._writers[key].extend(ids, lengths)
-        self.stats.add(source, result)
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.stats.marks = {split + store: writer.mark() for (split, store), writer in self._writers.items()}
-            _write(self.manifest, {"identity": self.identity, "stats": asdict(self.stats)})
-            self._saved, self._kept = time.monotonic(), True
-
-    def publish(self, card_path: Path, card: dict[str, Any]) -> None:
-        """Put stores and card in place. A split without samples has no files."""
-        for (split, store), writer in self._writers.items():
-            if writer.sequences:
-                writer.finalize()
-            else:
-                writer.discard()
-                for end in (".bin", ".idx"):
-                    Path(prefix_of(self.options, split) + store + end).unlink(missing_ok=True)
-        _write(card_path, card)
-        self.manifest.unlink(missing_ok=True)
-
-    def _resume(self) -> Stats:
-        try:
-            content = json.loads(self.manifest.read_bytes())
-            if content["identity"] == self.identity:
-                stats = Stats.load(content["stats"])
-                done = sum(counts.tokens for counts in stats.counts.values())
-                print(f"going on after {done:,} tokens that are done", file=sys.stderr)
-                return stats
-            print("starting over: the unfinished preparation had other sources or options", file=sys.stderr)
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError):
-            print(f"{self.manifest} is damaged: starting over", file=sys.stderr)
-        return Stats()
-
-
 def _facts(job: Job, found: list[Source], documents: sources.Documents) -> dict[str, Any]:
     """All that decides the bytes that are written."""
     tokenizer, encoder, kind = job.encoder.tokenizer, job.encoder, handlers.choose(job.handler).kind
@@ -350,16 +254,6 @@ def _hashes(found: list[Source], workers: int) -> dict[str, str]:
     local = [source.name for source in found if source.format != "hub"]
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(local, pool.map(encode.digest, local), strict=True))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _cores() -> int:

@@ -15,12 +15,14 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from puna.data import cuts
+from puna.data.cuts import BEGINS, MAX_ROW, Span, batches, grouped, raw_lines, records, spans
 from puna.data.json_stream import json_texts
 from puna.errors import UserError
 
@@ -31,11 +33,8 @@ FORMATS = {
     **{f".{name}": name for name in ("json", "parquet", "arrow", "csv", "tsv")},
 }
 PACKED = (".gz", ".zst")
-CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 512
-MAX_ROW = 256 << 20  # bytes; a document beyond it is no document
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-TITLE = re.compile(r"= (?!= ).+(?<! =) =")  # WikiText's heading of an article; those of sections begin with "= ="
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,6 @@ class Source:
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes `start` to `end` of a file that is read when it is needed."""
-
-    path: str
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -127,10 +117,10 @@ def chunks(source: Source, documents: Documents = "line") -> Iterator[Chunk]:
             kind: Literal["json", "text"] = "json" if source.format == "jsonl" else "text"
             if source.packed:
                 with _open(source) as file:
-                    for texts in _grouped(_lines(file), begins):
+                    for texts in grouped(raw_lines(file), begins):
                         yield Chunk(source.name, kind, texts, documents)
             else:
-                for span in _spans(source.name, begins):
+                for span in spans(source.name, begins):
                     yield Chunk(source.name, kind, span, documents)
         elif documents == "article":
             lines = (
@@ -139,7 +129,7 @@ def chunks(source: Source, documents: Documents = "line") -> Iterator[Chunk]:
                 for row in rows(chunk)
                 for line in _text(row, source).removesuffix("\n").split("\n")
             )
-            for texts in _grouped(lines, BEGINS["article"]):
+            for texts in grouped(lines, BEGINS["article"]):
                 yield Chunk(source.name, "text", texts, "article")
         else:
             yield from _tables(source)
@@ -159,7 +149,7 @@ def rows(chunk: Chunk) -> Iterator[dict[str, Any] | Bad]:
         if content.start == 0:
             data = data.removeprefix(b"\xef\xbb\xbf")
         begins = BEGINS["line" if chunk.format == "json" else chunk.documents]
-        content = list(_records(io.BytesIO(data), begins))
+        content = list(records(io.BytesIO(data), begins))
     for raw in content:
         try:
             text = raw.decode()
@@ -183,88 +173,12 @@ def _row(text: str) -> dict[str, Any] | Bad:
     return value if isinstance(value, dict) else Bad("not a JSON object")
 
 
-# Where a record of a text begins: (line before, line) -> bool
-BEGINS: dict[str, Callable[[bytes, bytes], bool]] = {
-    "line": lambda before, line: True,
-    "paragraph": lambda before, line: not before.strip() and bool(line.strip()),
-    "article": lambda before, line: not before.strip() and bool(TITLE.fullmatch(line.decode(errors="replace").strip())),
-    "file": lambda before, line: False,
-}
-
-
-def _spans(path: str, begins: Callable[[bytes, bytes], bool]) -> Iterator[Span]:
-    """Spans of about CHUNK_BYTES that begin where a record does."""
-    with open(path, "rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        start = 0
-        while start < size:
-            file.seek(min(start + CHUNK_BYTES, size))
-            file.readline(MAX_ROW)  # the rest of a line; the next is the first that is known whole
-            end = file.tell()
-            before = file.readline(MAX_ROW) if begins is not BEGINS["line"] else b""
-            while begins is not BEGINS["line"] and end < size:
-                end = file.tell()
-                line = file.readline(MAX_ROW)
-                if begins(before, line):
-                    break
-                before = line
-                if begins is BEGINS["file"]:
-                    end = size
-            if end - start >= MAX_ROW:
-                raise UserError(
-                    f"{path} has a document of more than {MAX_ROW >> 20} MiB: split it, or choose --documents"
-                )
-            yield Span(path, start, end)
-            start = end
-
-
-def _records(lines: Iterable[bytes], begins: Callable[[bytes, bytes], bool]) -> Iterator[bytes]:
-    """Lines joined into records."""
-    held: list[bytes] = []
-    size, before = 0, b""
-    for line in lines:
-        if held and begins(before, line):
-            yield b"".join(held)
-            held, size = [], 0
-        held.append(line)
-        size, before = size + len(line), line
-        if size >= MAX_ROW:
-            raise UserError(f"a document has more than {MAX_ROW >> 20} MiB: split it, or choose --documents")
-    if held:
-        yield b"".join(held)
-
-
-def _grouped(lines: Iterable[bytes], begins: Callable[[bytes, bytes], bool]) -> Iterator[list[bytes]]:
-    """Records in lists of about CHUNK_BYTES."""
-    return _batches(_records(lines, begins), len, CHUNK_BYTES)
-
-
-def _batches(items: Iterable[Any], weight: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    held: list[Any] = []
-    size = 0
-    for item in items:
-        held.append(item)
-        size += weight(item)
-        if size >= limit:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
-
-
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    first = True
-    while line := file.readline(MAX_ROW):
-        yield line.removeprefix(b"\xef\xbb\xbf") if first else line
-        first = False
-
-
 def _tables(source: Source) -> Iterator[Chunk]:
     """Chunks of the formats that are no plain lines."""
     if source.format == "json":
         with _open(source) as file:
             values = json_texts(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape"), MAX_ROW)
-            for texts in _batches(values, len, CHUNK_BYTES):
+            for texts in batches(values, len, cuts.CHUNK_BYTES):
                 yield Chunk(source.name, "json", [text.encode(errors="surrogateescape") for text in texts])
     elif source.format in ("csv", "tsv"):
         csv.field_size_limit(MAX_ROW)
@@ -272,10 +186,10 @@ def _tables(source: Source) -> Iterator[Chunk]:
             table = csv.DictReader(
                 io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter="," if source.format == "csv" else "\t"
             )
-            for batch in _batches(table, lambda row: 1, CHUNK_ROWS):
+            for batch in batches(table, lambda row: 1, CHUNK_ROWS):
                 yield Chunk(source.name, "rows", batch)
     elif source.format == "hub":
-        for batch in _batches(_hub(source), lambda row: 1, CHUNK_ROWS):
+        for batch in batches(_hub(source), lambda row: 1, CHUNK_ROWS):
             yield Chunk(source.name, "rows", batch)
     else:
         for batch in _arrow(source):
