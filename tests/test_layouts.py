@@ -246,8 +246,10 @@ def work(folder, names, pairs):
     for name, axes in pairs:
         before, kind = name.split(" ", 1)
         found[f"{name} -> {axes}"] = resume(layout(before), layout(axes), kind, folder / name)
-    (folder / f"{layout('dp').rank}.json").write_text(json.dumps(found))
-    layout("dp").close()
+    last = next(iter(layouts.values()))
+    (folder / f"{last.rank}.json").write_text(json.dumps(found))
+    last.barrier()  # the first rank keeps the store that groups are made by
+    last.close()
 
 
 def main(folder, size, names, pairs):

@@ -39,7 +39,7 @@ from puna.parallel import context, data, dtensor
 from puna.parallel.alive import LOST, RankLost, Watch, ended, is_lost
 from puna.parallel.collectives import enter
 from puna.parallel.mesh import MeshOptions, check_length, check_model, fill
-from puna.parallel.part import Loss, Part, compute_in, recompute, use_blocked
+from puna.parallel.part import Loss, Part, compile_blocks, compute_in, recompute, use_blocked
 from puna.parallel.pipeline import Pipeline, cut
 
 Read = Callable[[str, tuple[slice, ...]], Tensor]
@@ -160,8 +160,8 @@ class Layout:
             model.tie()
         for block in model.layers.values():
             recompute(block, recompute_blocks)
-            if compiled:
-                block.compile()
+        if compiled:
+            compile_blocks(part)
         if self.mesh is not None:
             mesh = self.mesh["dp_replicate", "fsdp"] if options.dp_replicate > 1 else self.mesh["fsdp"]
             data.shard(part, mesh, compute_dtype, reshard=options.pp == 1)
@@ -265,7 +265,7 @@ class Layout:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, parameter in self.parameters(parts).items():
             if parameter.grad is not None:
-                total += self._share(name, parameter, parts) * _local(parameter.grad).double().square().sum()
+                total += self._share(name, parameter, parts) * _square(_local(parameter.grad))
         total = total.cpu()
         if self.mesh is not None:
             dist.all_reduce(total)
@@ -410,6 +410,14 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _square(x: Tensor) -> Tensor:
+    """The sum of squares, float64, without a copy of x in it. A CPU sums long float32 tensors badly: in pieces."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    pieces = x.reshape(-1).split(1 << 18) if x.device.type == "cpu" else (x,)
+    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=exact) for piece in pieces])
+    return norms.double().square().sum()
 
 
 def _my_group(places: Tensor) -> dist.ProcessGroup:

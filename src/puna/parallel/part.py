@@ -19,7 +19,7 @@ from puna.errors import UserError
 from puna.kernels import blocked
 from puna.model.attend import Attend, causal, packed
 from puna.model.linear import Linear
-from puna.model.llama import MLP, Llama, RMSNorm, identity
+from puna.model.llama import MLP, Block, Llama, RMSNorm, identity
 from puna.model.lora import LoRA
 
 RECOMPUTE = ("none", "selective", "full")
@@ -102,6 +102,17 @@ def use_blocked(part: Part) -> None:
         elif isinstance(module, MLP):
             module.kernel = blocked.swiglu
     part.attention = lambda documents: blocked.causal if documents is None else packed(documents, blocked.causal)
+
+
+def compile_blocks(part: Part) -> None:
+    """Compile each block by torch.compile; attention within documents stays out, as it is another one at every step."""
+    for block in part.model.layers.values():
+        # Training keeps no cache by layer, and with numbers of their own the blocks would be compiled one by one.
+        assert isinstance(block, Block)
+        block.self_attn.layer = 0
+        block.compile()
+    plain = part.attention
+    part.attention = lambda documents: causal if documents is None else torch.compiler.disable(plain(documents))
 
 
 def recompute(block: nn.Module, how: str) -> None:

@@ -53,7 +53,8 @@ def run(options: TrainOptions) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = Layout.start(MeshOptions(**asdict(options.mesh)), device)
     try:
-        return _train(options, layout)
+        with layout.guard():
+            return _train(options, layout)
     finally:
         layout.close()
 
