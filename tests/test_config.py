@@ -226,3 +226,16 @@ def test_refusals_of_groups(tmp_path):
         assert str(caught.value).endswith(says)
     with pytest.raises(UserError, match="has no option --optim.lrr, did you mean '--optim.lr'?"):
         nested("--data.train", "x", "--optim.lrr", "1")
+
+
+@dataclass(kw_only=True)
+class Wrapper:
+    """Run another command."""
+
+    command: tuple[str, ...] = argument("the command", default=(), rest=True)
+    n: int = option(1, "how often")
+
+
+def test_the_rest_is_taken_verbatim():
+    got = parse("wrap", Wrapper, ["--n", "3", "train", "run.yaml", "--n", "4", "--help", "--mesh.tp=2"])
+    assert got == Wrapper(n=3, command=("train", "run.yaml", "--n", "4", "--help", "--mesh.tp=2"))

@@ -29,6 +29,7 @@ ORDER = [
     {"lora"},
     {"api"},
     {"chat", "generate", "bench"},
+    {"doctor"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -36,6 +37,7 @@ ORDER = [
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Command line and the engine's bookkeeping: a --help, or a property test of the scheduler, must not wait for torch.
 COMMAND_LINE = ["errors", "progress", "config", "options", "cli", "__main__", "weights.hub"]
+COMMAND_LINE += ["train.options", "train.launch"]
 BOOKKEEPING = ["engine.params", "engine.sequence", "engine.blocks", "engine.scheduler", "model.plan"]
 
 

@@ -35,6 +35,8 @@ VERBS: dict[str, tuple[type, str, str]] = {
     "data prepare": (options.PrepareOptions, "puna.data.prepare:run", "turn raw files into token data"),
     "data show": (options.ShowOptions, "puna.data.show:run", "print samples, what is trained in colour"),
     "data stats": (options.StatsOptions, "puna.data.stats:run", "totals and lengths of token data"),
+    "launch": (options.LaunchOptions, "puna.train.launch:run", "run a verb on several devices or machines"),
+    "doctor loss": (options.DoctorLossOptions, "puna.doctor:loss", "compare the losses of two runs"),
     "demo": (options.DemoOptions, "puna.demo:run", "the main job on real weights, in about a minute"),
 }
 HELP = ("-h", "--help", "help")

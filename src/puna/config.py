@@ -36,12 +36,14 @@ OPTION = re.compile(
 WIDTH = 100
 
 
-def argument(help: str, default: Any = MISSING) -> Any:
+def argument(help: str, default: Any = MISSING, *, rest: bool = False) -> Any:
     """A positional field; required without a default. A `tuple[str, ...]` takes all that remain.
+
+    `rest`: it takes everything from the first positional on as it is, options of another command too.
 
     It can be given by name too (`--model X`, `model: X`); then the positionals of the command line fill the others.
     """
-    return field(default=default, metadata={"help": help, "positional": True})
+    return field(default=default, metadata={"help": help, "positional": True, "rest": rest})
 
 
 def option(default: Any, help: str) -> Any:
@@ -164,12 +166,16 @@ def _split(verb: str, kind: type, argv: Sequence[str]) -> tuple[dict[str, Any], 
     files: list[str] = []
     show = False
     hints, rest = _hints(kind), list(argv)
+    verbatim = any(entry.metadata.get("rest") for entry in _fields(kind))
     while rest:
         word = rest.pop(0)
         if word == "--":
             positional += rest
             break
         if not OPTION.fullmatch(word):
+            if verbatim:
+                positional += [word, *rest]
+                break
             leading = not positional and not files and word.endswith((".yaml", ".yml"))
             (files if leading else positional).append(word)
             continue

@@ -249,6 +249,50 @@ class ThroughputOptions(BenchOptions):
 
 
 @dataclass(kw_only=True)
+class LaunchOptions:
+    """Run a verb on several devices of this machine or of many, by torchrun; or print what Slurm or Kubernetes need.
+
+    Examples:
+      puna launch --nproc 2 train run.yaml --mesh.tp 2
+      puna launch --nproc 8 --nnodes 4 --rendezvous node0:29500 train run.yaml
+      puna launch --nproc 8 --nnodes 4 --slurm train run.yaml > job.sh
+      puna launch --nproc 8 --nnodes 4 --k8s --image registry/puna:latest train run.yaml > job.yaml
+    """
+
+    command: tuple[str, ...] = argument("the verb and its arguments, all that follows", default=(), rest=True)
+    nproc: int = option(1, "processes on each node, one a device")
+    nnodes: int = option(1, "machines")
+    rendezvous: str | None = option(None, "HOST:PORT of the first node, where the nodes meet")
+    slurm: bool = option(False, "print an sbatch script")
+    k8s: bool = option(False, "print a Kubernetes Job with its Service")
+    name: str = option("puna", "manifests: the job's name")
+    gpus: bool = option(True, "manifests: ask for a GPU per process")
+    cpus: int = option(8, "manifests: CPU cores per process")
+    time: str = option("24:00:00", "Slurm: longest time of the job")
+    image: str | None = option(None, "Kubernetes: container image with puna")
+    volume: str = option("workspace", "Kubernetes: claim of the volume that all pods share, mounted as /workspace")
+
+
+@dataclass(kw_only=True)
+class DoctorLossOptions:
+    """Compare the losses of two training runs: relative 2 %, absolute 0.005, as means over the steps that both have.
+
+    Exit code 0 when they agree, 3 when they differ.
+
+    Examples:
+      puna doctor loss runs/one-gpu runs/eight-gpus
+      puna doctor loss runs/a runs/b --plot losses.png
+    """
+
+    a: Path = argument("a run's folder or metrics.jsonl, the reference")
+    b: Path = argument("the other run")
+    relative: float = option(0.02, "limit of the mean relative difference")
+    absolute: float = option(0.005, "limit of the mean absolute difference")
+    plot: Path | None = option(None, "also draw both as a PNG")
+    json: bool = option(False, "print JSON")
+
+
+@dataclass(kw_only=True)
 class DemoOptions:
     """The main job on real weights: import a GGUF, prove it, chat, generate a batch, time it. About a minute.
 

@@ -58,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # Validation wants no gradient, and a frozen output layer (LoRA) saves the third product.
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
-        d_weight = torch.zeros_like(used, dtype=exact) if want_weight else None
+        d_weight: Tensor | None = None
         sums = hidden.new_zeros(2, dtype=exact)
         trained = (labels != IGNORED).nonzero().squeeze(-1)
         for rows in trained.split(chunk) if len(trained) else ():
@@ -69,8 +69,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 sums += _loss_to_gradient(part, target, z_loss, tp)  # in the memory of the logits
             if d_hidden is not None:
                 d_hidden[rows] = logits @ used
-            if d_weight is not None:
-                d_weight += logits.t() @ x
+            if want_weight:
+                share = logits.t() @ x
+                d_weight = share.to(exact) if d_weight is None else d_weight.add_(share)
+        if want_weight and d_weight is None:
+            d_weight = torch.zeros_like(used, dtype=exact)
         ctx.save_for_backward(*(part for part in (d_hidden, d_weight) if part is not None))
         ctx.wanted, ctx.weight_dtype = (want_hidden, want_weight), weight.dtype
         loss, z = sums.unbind()
