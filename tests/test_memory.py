@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from puna.api import LLM
 from puna.build import random_model
-from puna.engine import memory
-from puna.engine.memory import CPU_SHARE, cache_blocks, free_bytes
+from puna.engine.memory import CPU_SHARE, cache_blocks, cache_bytes
 from puna.errors import UserError
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
+from puna.parallel import room
 
 SIZE = 16
 BLOCK_BYTES = 2 * 2 * 2 * 8 * SIZE * 4  # layers, keys and values, KV heads, head size, positions, float32
@@ -26,8 +27,8 @@ def model() -> Llama:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """8 GB available, and no container."""
     (tmp_path / "meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable:    8000000 kB\nBuffers: 7 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "GROUPS", [(tmp_path / "max", tmp_path / "stat", "anon")])
+    monkeypatch.setattr(room, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(room, "GROUPS", [(tmp_path / "max", tmp_path / "stat", "anon")])
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     return tmp_path
 
@@ -44,20 +45,20 @@ def test_no_more_than_the_longest_sequences_need(model: Llama, machine: Path):
 
 def test_as_much_as_the_memory_allows(model: Llama, machine: Path):
     free = 8_000_000 * 1024 * CPU_SHARE
-    assert free_bytes(CPU) == free
+    assert cache_bytes(CPU) == free
     assert cache_blocks(model, SIZE, 10**6, 10**6, None, None) == free // BLOCK_BYTES
 
 
 def test_ranks_share_the_machine(machine: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_bytes(CPU) == 8_000_000 * 1024 * CPU_SHARE / 4
+    assert cache_bytes(CPU) == 8_000_000 * 1024 * CPU_SHARE / 4
 
 
 def test_a_container_may_have_less_than_its_machine(machine: Path):
     (machine / "stat").write_text("anon 1000\nfile 5000\n")
-    for limit, room in ((b"5000", 4000), (b"500", 0), (b"max\n", 8_000_000 * 1024)):
+    for limit, left in ((b"5000", 4000), (b"500", 0), (b"max\n", 8_000_000 * 1024)):
         (machine / "max").write_bytes(limit)
-        assert free_bytes(CPU) == room * CPU_SHARE
+        assert cache_bytes(CPU) == left * CPU_SHARE
 
 
 def test_no_memory_at_all(model: Llama, machine: Path):
@@ -67,6 +68,28 @@ def test_no_memory_at_all(model: Llama, machine: Path):
         cache_blocks(model, SIZE, 256, 8, None, None)
 
 
+def test_weights_that_do_not_fit_are_refused_before_anything_is_allocated(
+    model: Llama, machine: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Room for one and a half copies: one process has enough, and two that share the machine have too little."""
+    needed = sum(weight.numel() for weight in model.parameters()) * 4
+    (machine / "max").write_text(str(needed * 3 // 2))
+    (machine / "stat").write_text("anon 0\nfile 999999999\n")  # pages of mapped files are no one's
+    random_model(PRESETS["tiny-gqa"], torch.float32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    random_model(PRESETS["tiny-gqa"], torch.bfloat16)
+    with pytest.raises(UserError, match=rf"take {needed:,} bytes .* has {needed * 3 // 4:,} bytes free"):
+        random_model(PRESETS["tiny-gqa"], torch.float32)
+    with pytest.raises(UserError, match=f"has {needed - 1:,} bytes free"):
+        random_model(PRESETS["tiny-gqa"], torch.float32, room=needed - 1)
+    random_model(PRESETS["tiny-gqa"], torch.float32, room=needed)  # measured before the ranks began
+
+
+def test_the_largest_llama_is_refused_at_once(machine: Path):
+    with pytest.raises(UserError, match=r"take 811,706,777,600 bytes \(756.0 GiB\) of bfloat16, but cpu has"):
+        LLM("llama3.1-405b", weights="random")
+
+
 def test_without_linux_half_of_the_machine(machine: Path):
     (machine / "meminfo").unlink()
-    assert 2**20 < free_bytes(CPU) < 2**50
+    assert 2**20 < cache_bytes(CPU) < 2**50

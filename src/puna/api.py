@@ -31,6 +31,7 @@ from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
 from puna.parallel.launch import serve, start
+from puna.parallel.room import free_bytes
 from puna.progress import meter
 from puna.text import Tokenizer
 from puna.weights.merge import merge, replaced
@@ -142,13 +143,15 @@ class LLM:
         agree = tp.agree if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
         with agree():
             where = choose_device(device)
+            room = free_bytes(where)  # of all ranks, before one of them begins to load
+        with agree():
             generation: dict[str, Any] = {}
             stop_ids: tuple[int, ...] = ()
             if weights == "random" and adapter is not None:
                 raise UserError("an adapter belongs to a model's own weights; leave it out, or weights=random.")
             if weights == "random" and str(model) in PRESETS:
                 self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
-                self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
+                self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet, room=room)
             elif weights in ("auto", "random"):
                 with open_source(model, revision=revision) as source:
                     if adapter is not None:
@@ -163,9 +166,11 @@ class LLM:
                         if template is not None:
                             self.tokenizer = self.tokenizer.with_template(template)
                     if weights == "random":
-                        self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet)
+                        self.model = random_model(
+                            self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet, room=room
+                        )
                     else:
-                        self.model = load_model(source, kind, where, tp=tp, fast=True, quiet=quiet)
+                        self.model = load_model(source, kind, where, tp=tp, fast=True, quiet=quiet, room=room)
             else:
                 raise UserError(f"weights must be auto or random, not {weights!r}.")
             self.defaults = SamplingParams.from_generation_config(generation)

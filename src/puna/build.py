@@ -21,6 +21,7 @@ from puna.model.config import ModelConfig
 from puna.model.linear import Linear
 from puna.model.llama import MLP, Attention, Llama
 from puna.model.plan import tp_slice
+from puna.parallel.room import free_bytes
 from puna.parallel.tensor import TensorParallel, split
 from puna.progress import track
 from puna.weights.merge import replaced
@@ -47,15 +48,17 @@ def load_model(
     adapter: Adapter | None = None,
     fast: bool = False,
     quiet: bool = True,
+    room: int | None = None,
 ) -> Llama:
     """The model of an open checkpoint, with weights of `dtype` on `device`, in evaluation mode.
 
     `tp` splits it over a tensor-parallel group; `adapter` goes in unmerged (`weights.merge.merge` gives a merged
-    source); `fast` fuses and packs it for inference. Raises UserError when a tensor is missing or of another shape.
+    source); `fast` fuses and packs it for inference. `room`: bytes that this rank may take, None for what is free now.
+    Raises UserError when that is too little, and when a tensor is missing or of another shape.
     """
     if adapter is not None:
         source = replaced(source, adapter)
-    return _build(source.config, source.read, dtype, device, tp, fast, quiet, adapter)
+    return _build(source.config, source.read, dtype, device, tp, fast, quiet, room, adapter)
 
 
 def random_model(
@@ -67,9 +70,10 @@ def random_model(
     tp: TensorParallel | None = None,
     fast: bool = False,
     quiet: bool = True,
+    room: int | None = None,
 ) -> Llama:
     """The same with random weights; the same for every split."""
-    return _build(config, random_reader(config, dtype, device, seed), dtype, device, tp, fast, quiet)
+    return _build(config, random_reader(config, dtype, device, seed), dtype, device, tp, fast, quiet, room)
 
 
 def random_reader(config: ModelConfig, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Reader:
@@ -95,12 +99,14 @@ def _build(
     tp: TensorParallel | None,
     fast: bool,
     quiet: bool,
+    room: int | None,
     adapter: Adapter | None = None,
 ) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
     if tp is not None:
         split(model, tp)
+    _check_room(model, dtype, device, free_bytes(device) if room is None else room)
     _load(model, read, dtype, torch.device(device), tp, quiet)
     if adapter is not None:
         attach(model, adapter, dtype, device, rank=tp.rank if tp else 0, size=tp.size if tp else 1)
@@ -111,6 +117,16 @@ def _build(
     if dtype in (torch.bfloat16, torch.float16):
         model.residual_dtype = torch.float32
     return model.eval().requires_grad_(False)
+
+
+def _check_room(model: Llama, dtype: torch.dtype, device: str | torch.device, room: int) -> None:
+    """Refuse a meta model whose weights, this rank's part of them, would not fit into `room` bytes."""
+    needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    if needed > room:
+        raise UserError(
+            f"the weights take {needed:,} bytes ({needed / 2**30:.1f} GiB) of {str(dtype).removeprefix('torch.')}, but"
+            f" {device} has {room:,} bytes free; use a smaller model or dtype, more ranks or another device."
+        )
 
 
 def _load(
