@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -241,6 +242,10 @@ def test_turns_out_of_order_are_refused(name):
     [
         ("{{ raise_exception('Only one turn.') }}", "refused this conversation: Only one turn."),
         ("{{ raise_exception('two\nlines') }}", "refused this conversation: two lines."),
+        ("{{ raise_exception('\x1b[31m red \x9b\u202e') }}", "conversation: \ufffd\\[31m red \ufffd\ufffd."),
+        ("{{ raise_exception('long' * 1000000) }}", "conversation: (long){75}\\.$"),
+        ("{{ strftime_now('%Y' * 1000000) }}", "formats a date by more than 200"),
+        ("{{ strftime_now('%99999999Y') }}", "formats a date"),
         ("{% for %}", "not valid Jinja"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -313,6 +318,10 @@ GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(80) %%}%s{%% endfor %
         "{% set a = 'a' * 100000 %}{{ range(99999) | map('default', a) | map('replace', '0', a) | list }}",
         "{{ (['a' * 1000] * 99999) | join('b' * 1000) }}",
         "{{ lipsum(n=99999) }}",
+        "{{ range(99999) | join('b' * 100000) }}",
+        "{{ range(99999) | map('string') | join('b' * 100000) }}",
+        "{{ 'a'.encode().ljust(999999999) }}",
+        "{{ (1).to_bytes(999999999, 'big') }}",
         "{{ 9 ** 9 ** 9 }}",
         GROW % ("9", "{% set ns.x = ns.x * ns.x %}"),
         GROW % ("'abc'", "{% set ns.x = ns.x + ns.x %}"),
@@ -331,6 +340,17 @@ def test_a_template_that_runs_wild_is_stopped(monkeypatch, source):
     with pytest.raises(UserError):
         says(source)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("last", ["list | length", "batch(9) | list", "join"])
+def test_what_comes_one_by_one_is_bounded_before_it_is_collected(last):
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="builds more than"):
+            says("{{ range(99999) | map('string') | map('center', 9999) | " + last + " }}")
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_long_conversation_is_far_from_the_bounds(chatml):

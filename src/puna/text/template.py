@@ -12,7 +12,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, wraps
 from itertools import accumulate
@@ -33,6 +33,8 @@ MAX_SOURCE = 1 << 18  # characters; the longest templates in use have about 20,0
 MAX_SECONDS = 5.0  # a long conversation takes some milliseconds
 MAX_TEXT = 16_000_000  # characters of a text, or of everything in a list
 MAX_PRODUCT = 250_000_000  # characters that one call could make at most, judged before it runs
+MAX_DATE = 200  # characters of a date's format; strftime takes its time over long ones
+MAX_REASON = 300  # characters that an error shows of what a template says
 MAX_COUNT = 100_000  # any whole number given to a call, as jinja2's own bound on `range`
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 GROWING = {"replace", "join", "indent", "tojson", "format", "format_map", "wordwrap", "expandtabs", "translate", "%"}
@@ -60,8 +62,7 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mappin
                 raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
             text.append(part)
     except Exception as error:  # whatever a template does wrong is the template's or the conversation's fault
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(f"The chat template refused this conversation: {reason}.") from error
+        raise UserError(f"The chat template refused this conversation: {_reason(error)}.") from error
     finally:
         sys.settrace(outer)
     return "".join(text)
@@ -108,6 +109,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return checked
 
 
+def _reason(error: Exception) -> str:
+    """What an error says, on one line, short, and without characters that could command a terminal."""
+    text = " ".join(str(error)[: 2 * MAX_REASON].split()).rstrip(".") or type(error).__name__
+    return "".join(char if char.isprintable() else "\ufffd" for char in text[:MAX_REASON])
+
+
 class _Clock:
     """A trace function that stops a template when its time is up. Jinja has no other hook that every loop passes."""
 
@@ -123,11 +130,11 @@ class _Clock:
 def _weight(value: Any, most: int) -> int:
     """Characters in a value, every reference counted; the value itself for a number. Stops counting beyond `most`."""
     match value:
-        case str():
+        case str() | bytes() | range():
             return len(value)
         case int():
             return abs(value)
-        case list() | tuple() | dict():
+        case Collection():
             total = len(value)
             for item in value.items() if isinstance(value, dict) else value:
                 total += 1 if isinstance(item, int) else _weight(item, most - total)
@@ -145,6 +152,16 @@ def _sized(value: Any) -> Any:
     return value
 
 
+def _metered(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, as long as all of them together are no larger than `MAX_TEXT`: a list of them may be made."""
+    size = 0
+    for item in items:
+        size += 1 if isinstance(item, int) else _weight(item, MAX_TEXT)
+        if size > MAX_TEXT:
+            raise SecurityError(f"it builds more than {MAX_TEXT:,} characters")
+        yield item
+
+
 def _join(parts: Iterable[Any]) -> str:
     texts, size = [], 0
     for part in parts:
@@ -160,6 +177,8 @@ def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callab
 
     @wraps(function)
     def checked(*args: Any, **kw: Any) -> Any:
+        if name in GROWING:  # what comes one by one is weighed too
+            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
         given = [*args, *kw.values()]
         if any(isinstance(value, int) and abs(value) > MAX_COUNT for value in given):
             raise SecurityError(f"it uses a number beyond {MAX_COUNT:,}")
@@ -171,7 +190,8 @@ def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callab
                 raise SecurityError(f"it builds more than {MAX_PRODUCT:,} characters")
             if any(isinstance(value, str) and WIDTH.search(value) for value in (owner, *given[:1])) and name in FORMATS:
                 raise SecurityError("it formats to a width of more than four digits")
-        return _sized(function(*args, **kw))
+        made = function(*args, **kw)
+        return _metered(made) if isinstance(made, Iterator) else _sized(made)
 
     return checked
 
@@ -262,13 +282,19 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kw: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str):
+        if isinstance(owner, str | bytes | int):
             __obj = _bounded(__obj, name, owner)
         return _sized(super().call(__context, __obj, *args, **kw))
 
 
 def _raise(message: str) -> None:
     raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    if len(form) > MAX_DATE or WIDTH.search(form):
+        raise SecurityError(f"it formats a date by more than {MAX_DATE} characters")
+    return datetime.now().strftime(form)
 
 
 def _tojson(
@@ -289,11 +315,11 @@ def _compile(source: str) -> jinja2.Template:
     environment.filters = {name: _bounded(function, name) for name, function in environment.filters.items()}
     environment.globals |= {
         "raise_exception": _raise,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": _strftime_now,
         "namespace": _Names,
     }
     del environment.globals["lipsum"]
     try:
         return environment.from_string(source)
     except (TemplateError, RecursionError) as error:
-        raise UserError(f"The chat template is not valid Jinja: {error}.") from error
+        raise UserError(f"The chat template is not valid Jinja: {_reason(error)}.") from error
