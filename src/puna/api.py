@@ -219,7 +219,7 @@ class LLM:
     ) -> str:
         """Queue a text, token ids or a conversation, and give the request's id."""
         ids, text = self.encode(prompt)
-        id = self.engine.add(ids, params or self._default(len(ids)), id=id, stream=stream)
+        id = self.engine.add(ids, self._default(params, len(ids)), id=id, stream=stream)
         if text is not None:
             self._prompts[id] = text
         return id
@@ -262,10 +262,12 @@ class LLM:
         text = self.tokenizer.render(prompt)  # type: ignore[arg-type]
         return self.tokenizer.encode(text, bos=False), text
 
-    def _default(self, prompt_len: int) -> SamplingParams:
-        """The checkpoint's own parameters, its length cut to what context and cache leave."""
-        wanted, room = self.defaults.max_tokens, max(1, min(self.max_model_len, self.kv_tokens) - prompt_len)
-        return replace(self.defaults, max_tokens=min(wanted, room)) if wanted else self.defaults
+    def _default(self, params: SamplingParams | None, prompt_len: int) -> SamplingParams:
+        """`params`, else the checkpoint's; a length that is the checkpoint's is cut to what context and cache leave."""
+        params, wanted = params or self.defaults, self.defaults.max_tokens
+        if wanted is None or params.max_tokens != wanted:
+            return params
+        return replace(params, max_tokens=min(wanted, max(1, min(self.max_model_len, self.kv_tokens) - prompt_len)))
 
     # Many at once
 
