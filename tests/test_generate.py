@@ -66,7 +66,8 @@ def run(model, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*words, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        given = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         code = main(["generate", model, *words, "--dtype", "float64"])
         return code, *capsys.readouterr()
 
@@ -200,6 +201,58 @@ def test_resume_refuses_the_output_of_another_input(tmp_path):
         assert out.read_text() == text
 
 
+@pytest.mark.parametrize("text", ["note to self", "{}", '{"index": 1, "id"', '{"model_type": "llama"}', '{"index": 0}'])
+def test_a_file_of_someone_else_is_left_alone(run, tmp_path, text):
+    (tmp_path / "mine").write_text(text)
+    code, _, err = run("hi", "--out", "mine", "--max-tokens", "1")
+    assert code == 2 and "choose another --out" in err and (tmp_path / "mine").read_text() == text
+
+
+def test_the_output_is_cut_only_when_the_model_is_there(run, tmp_path):
+    (tmp_path / "out").write_text('{"index": 0, "choi')
+    assert run("hi", "--out", "out", "--max-tokens", "1", "--template", "nosuch")[0] == 2
+    assert (tmp_path / "out").read_text() == '{"index": 0, "choi'
+    assert run("hi", "--out", "out", "--max-tokens", "1")[0] == 0
+    assert json.loads((tmp_path / "out").read_text())["choices"]
+
+
+def test_the_input_is_no_output(run, tmp_path):
+    for text in ('{"prompt": "x"}', '{"prompt": "x"}\n'):
+        (tmp_path / "one.jsonl").write_text(text)
+        code, _, err = run("--file", "one.jsonl", "--out", "./one.jsonl")
+        assert code == 2 and "is the input itself" in err and (tmp_path / "one.jsonl").read_text() == text
+
+
+BAD_BYTES = [
+    (b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
+    (b'{"prompt": "x", "metadata": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    (b'{"prompt": "\xff"}', "line 3 of in.jsonl is not UTF-8 text"),
+    (b'{"prompt": "half \\ud83d"}', ""),
+    (b'{"id": "\\ud83d", "prompt": "x", "metadata": "\\udc00"}', None),
+    (b'{"prompt": "' + b"x" * 700_000 + b'"}', "line 6 of in.jsonl is longer than"),
+    (b'{"prompt": "good"}', None),
+]
+
+
+def test_no_row_stops_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("puna.generate.LONGEST", 300_000)
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(row for row, _ in BAD_BYTES))
+    command = ("--file", "in.jsonl", "--out", "out.jsonl", "--max-tokens", "2")
+    assert run(*command)[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["index"] for record in records] == list(range(7))
+    for record, (_, says) in zip(records, BAD_BYTES, strict=True):
+        assert says in record["error"] if says is not None else record["choices"]
+    assert (records[4]["id"], records[4]["metadata"]) == ("\ud83d", "\udc00")
+    assert "Nothing left to do" in run(*command)[2]
+
+
+@pytest.mark.parametrize("words", [[], ["--file", "-"]])
+def test_stdin_that_is_no_text(run, words):
+    code, _, err = run(*words, "--max-tokens", "2", stdin=b"a\xff\xfe")
+    assert code == 2 and "stdin is not UTF-8 text" in err and err.count("\n") == 1
+
+
 def test_a_row_wins_over_the_command_line_over_the_checkpoint(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model"
@@ -214,6 +267,9 @@ def test_a_row_wins_over_the_command_line_over_the_checkpoint(tiny_checkpoint, t
         return [json.loads(line)["usage"]["completion_tokens"] for line in capsys.readouterr().out.splitlines()]
 
     assert used() == [2, 4] and used("--max-tokens", "3") == [3, 4]
+    # Only a length that the user asked for must fit; the checkpoint's is cut to the context.
+    (model / "generation_config.json").write_text('{"max_new_tokens": 100000}')
+    assert used("--max-model-len", "8", "--ignore-eos") == [7, 4]
 
 
 def test_yaml_holds_the_options(run, tmp_path):
@@ -229,6 +285,7 @@ def test_yaml_holds_the_options(run, tmp_path):
         (["--file", "nowhere.txt"], "cannot use nowhere.txt: No such file or directory"),
         (["--file", "latin1.txt"], "latin1.txt is not UTF-8 text"),
         (["p", "--system", "x"], "--system goes with --chat"),
+        (["p", "--out", "/dev/full"], "--out /dev/full must be a file"),
         (["p", "--out", "."], "--out . must be a file in a directory that exists"),
         (["p", "--out", "no/where.jsonl"], "--out no/where.jsonl must be a file in a directory that exists"),
         (["p", "--temperature", "-1"], "temperature must be a number of at least 0"),

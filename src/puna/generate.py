@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from puna.api import LLM
 from puna.config import convert_all
@@ -27,6 +27,7 @@ from puna.options import GenerateOptions, SamplingOptions, loading, sampling
 from puna.progress import meter
 from puna.text import Tokenizer
 
+LONGEST = 64 << 20  # bytes of a line of input
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
 SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 Record = dict[str, Any]
@@ -89,29 +90,38 @@ def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int)
             row.output, row.error = output, output.error
 
 
-def resume(path: Path, rows: Iterator[Row]) -> int:
-    """Takes from `rows` those that the file answers already and returns how many; cuts off a half-written last line."""
+def resume(path: Path, rows: Iterator[Row]) -> tuple[int, int]:
+    """Takes from `rows` those that the file answers already; how many they are, and how many bytes of the file.
+
+    What follows these bytes is the beginning of the next answer, left by a run that was killed. Raises `UserError` for
+    a file that holds anything else.
+    """
     done = whole = 0
     if not path.exists():
-        return 0
+        return 0, 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break
-            row = next(rows, None)
-            try:
-                record = json.loads(line)
-                same = row is not None and (record["index"], record.get("id")) == (done, row.carried.get("id"))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                same = False
-            if not same:
+            if line.endswith(b"\n"):
+                ours = _answers(line, done, next(rows, None))
+            else:
+                head = f'{{"index": {done}, "'.encode()
+                ours = line.startswith(head) or head.startswith(line)
+            if not ours:
                 raise UserError(
                     f"line {done + 1} of {path} is not the answer to row {done + 1} of the input; choose another --out"
                 )
-            done, whole = done + 1, whole + len(line)
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
-    return done
+            if line.endswith(b"\n"):
+                done, whole = done + 1, whole + len(line)
+    return done, whole
+
+
+def _answers(line: bytes, index: int, row: Row | None) -> bool:
+    """Whether a line of the output is the record of `row`."""
+    try:
+        record = json.loads(line)
+        return row is not None and (record["index"], record.get("id")) == (index, row.carried.get("id"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
 
 
 def record(row: Row, tokenizer: Tokenizer | None) -> Record:
@@ -153,43 +163,62 @@ def _check(options: GenerateOptions) -> None:
         raise UserError("puna generate needs a prompt: as an argument, by --file, or on stdin")
     if options.system is not None and not options.chat:
         raise UserError("--system goes with --chat: a plain prompt has no system message")
-    if options.out and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
-        raise UserError(f"--out {options.out} must be a file in a directory that exists")
+    out, file = options.out, options.file
+    if out and (not out.absolute().parent.is_dir() or (out.exists() and not out.is_file())):
+        raise UserError(f"--out {out} must be a file in a directory that exists")
+    if out and file and out.exists() and os.path.exists(file) and out.samefile(file):
+        raise UserError(f"--out {out} is the input itself; choose another file")
 
 
 @contextmanager
-def _prompts(options: GenerateOptions) -> Iterator[Iterator[str]]:
-    """The prompts or JSON rows as text, one after the other."""
+def _prompts(options: GenerateOptions) -> Iterator[Iterator[tuple[str, bytes]]]:
+    """The prompts or JSON rows, one after the other: where each stands, and its bytes."""
     if options.prompt:
-        yield iter(options.prompt)
+        yield (("the prompt", prompt.encode(errors="surrogateescape")) for prompt in options.prompt)
     elif not options.file:
-        yield iter([sys.stdin.read().removesuffix("\n")])
+        yield iter([("stdin", sys.stdin.buffer.read().replace(b"\r\n", b"\n").removesuffix(b"\n"))])
     elif options.file == "-":
-        yield (line.rstrip("\n") for line in sys.stdin if line.strip())
+        yield _lines(sys.stdin.buffer, "stdin")
     else:
-        with open(options.file, encoding="utf-8-sig") as file:
-            yield (line.rstrip("\n") for line in _utf8(file) if line.strip())
+        with open(options.file, "rb") as file:
+            yield _lines(file, options.file)
 
 
-def _utf8(file: TextIO) -> Iterator[str]:
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
+    """The lines that are not blank. Of one that is too long, as much as shows that it is; its rest is passed over."""
+    number = 0
+    while line := file.readline(LONGEST):
+        number += 1
+        content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if content.strip():
+            yield f"line {number} of {name}", content.rstrip(b"\r\n")
+        while not line.endswith(b"\n") and (line := file.readline(LONGEST)):
+            pass
+
+
+def _decode(where: str, line: bytes) -> str:
+    if len(line) >= LONGEST:
+        raise UserError(f"{where} is longer than {LONGEST >> 20} MiB")
     try:
-        yield from file
+        return line.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file.name} is not UTF-8 text ({error.reason}); convert it first") from None
+        raise UserError(f"{where} is not UTF-8 text ({error.reason}); convert it first") from None
 
 
-def _text_row(lines: Iterator[str], options: GenerateOptions) -> Iterator[Row]:
+def _text_row(lines: Iterator[tuple[str, bytes]], options: GenerateOptions) -> Iterator[Row]:
     for index, line in enumerate(lines):
-        yield Row(index, _ask(line, options))
+        yield Row(index, _ask(_decode(*line), options))
 
 
-def _json_row(lines: Iterator[str], options: GenerateOptions) -> Iterator[Row]:
+def _json_row(lines: Iterator[tuple[str, bytes]], options: GenerateOptions) -> Iterator[Row]:
     for index, line in enumerate(lines):
         row = Row(index)
         try:
-            _fill(row, line, options)
+            _fill(row, _decode(*line), options)
         except UserError as error:
             row.error = str(error)
+        except RecursionError:
+            row.error = "lists or objects are nested too deeply"
         yield row
 
 
@@ -233,7 +262,7 @@ def _with_system(messages: list[Record], system: str | None) -> list[Record]:
 
 
 def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) -> None:
-    done = resume(options.out, rows) if options.out else 0
+    done, whole = resume(options.out, rows) if options.out else (0, 0)
     first = next(rows, None)
     if first is None:
         print(f"Nothing left to do: {options.out or 'the input'} has {done} rows.", file=sys.stderr)
@@ -245,11 +274,11 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) ->
     to_terminal = options.out is None and sys.stdout.isatty()
     try:
         with (
-            options.out.open("a", encoding="utf-8") if options.out else nullcontext(sys.stdout) as out,
+            _append(options.out, whole) if options.out else nullcontext(sys.stdout) as out,
             meter("Generating", _count(options, done), "rows", quiet=to_terminal) as advance,
         ):
             for row in finished(llm, params, chain([first], rows), WINDOW * options.max_num_seqs):
-                out.write(json.dumps(record(row, llm.tokenizer), ensure_ascii=False) + "\n")
+                out.write(_line(record(row, llm.tokenizer), out.encoding or "utf-8"))
                 out.flush()
                 errors += row.error is not None
                 advance(1)
@@ -259,6 +288,23 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) ->
         raise
     if errors:
         print(f"{errors} rows could not be answered; each has its reason in its record.", file=sys.stderr)
+
+
+def _append(path: Path, whole: int) -> TextIO:
+    """The file opened to go on after its first `whole` bytes."""
+    file = path.open("a", encoding="utf-8")
+    file.truncate(whole)
+    return file
+
+
+def _line(record: Record, encoding: str) -> str:
+    """The record as JSON; escaped where it can't be written as it is, as with half a surrogate pair."""
+    text = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(record) + "\n"
+    return text
 
 
 def _write_text(rows: Iterator[Row], options: GenerateOptions, load: Load) -> None:
