@@ -42,6 +42,7 @@ def test_ranks_that_do_not_make_the_mesh(options, ranks, says):
         ({"tp": 4}, {}, "9 attention heads and 3 key/value heads cannot be split over 4 ranks; use one of 1, 3, 9"),
         ({"tp": 3}, {"intermediate_size": 1000}, "MLP of 1000 cannot be split over tp 3"),
         ({"tp": 9}, {"vocab_size": 10, "intermediate_size": 90}, "vocabulary of 10 is too small for tp 9"),
+        ({"cp": 2}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "set cp to 1"),
         ({"pp": 16, "pp_schedule": "interleaved", "virtual_stages": 2}, {}, "30 layers cannot be cut into 32"),
     ],
 )

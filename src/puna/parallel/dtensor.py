@@ -96,3 +96,23 @@ def _store(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh)
     local = torch.empty(shape, dtype=whole.dtype, device=whole.device)
     stored = DTensor.from_local(local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
     setattr(module, name, nn.Parameter(stored, requires_grad=whole.requires_grad))
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give the module's own parameters memory on `device`, uninitialised."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        empty: Tensor
+        if isinstance(parameter, DTensor):
+            local = torch.empty_like(parameter.to_local(), device=device)
+            empty = DTensor.from_local(
+                local, parameter.device_mesh, parameter.placements, run_check=False,
+                shape=parameter.shape, stride=parameter.stride(),
+            )  # fmt: skip
+        else:
+            empty = torch.empty_like(parameter, device=device)
+        setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

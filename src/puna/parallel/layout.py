@@ -3,7 +3,7 @@
     layout = Layout.start(MeshOptions(tp=2), device="cuda")    # Layout.single("cpu"): one process, no process group
     with torch.device("meta"):
         model = Llama(config)                                  # add_lora(model, ...) here
-    parts = layout.prepare(model, compute_dtype=torch.bfloat16, recompute="selective", compile=True)
+    parts = layout.prepare(model, compute_dtype=torch.bfloat16, recompute_blocks="selective")
     layout.load(parts, read)                                   # read(name, index) -> Tensor: source.read, random_reader
     optimizer = AdamW([p for p in layout.parameters(parts).values() if p.requires_grad])
     sums = layout.step(parts, microbatches, loss)              # gradients of sums[0], summed over all data ranks
@@ -38,8 +38,9 @@ from puna.model.llama import Llama
 from puna.parallel import context, data, dtensor
 from puna.parallel.alive import LOST, RankLost, Watch, ended, is_lost
 from puna.parallel.collectives import enter
+from puna.parallel.dtensor import local, materialise
 from puna.parallel.mesh import MeshOptions, check_length, check_model, fill
-from puna.parallel.part import Loss, Part, compile_blocks, compute_in, recompute, use_blocked
+from puna.parallel.part import Loss, Part, compile_blocks, compute_in, recompute, use_blocked, whole
 from puna.parallel.pipeline import Pipeline, cut
 
 Read = Callable[[str, tuple[slice, ...]], Tensor]
@@ -80,13 +81,13 @@ class Layout:
             return cls.single(device)
         kind = torch.device(device).type
         if kind == "cuda":
-            local = int(os.environ["LOCAL_RANK"])
-            if local >= torch.cuda.device_count():
+            gpu = int(os.environ["LOCAL_RANK"])
+            if gpu >= torch.cuda.device_count():
                 raise UserError(
                     f"torchrun started more ranks than this machine has GPUs ({torch.cuda.device_count()});"
                     " lower --nproc-per-node or train on the cpu."
                 )
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(gpu)
         # Gathering a weight that is cut twice takes two steps, which torch would remark on for each shape.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         if not dist.is_initialized():
@@ -174,11 +175,10 @@ class Layout:
     def load(self, parts: Iterable[Part], read: Read) -> None:
         """Fill every parameter; `read` gives `index` of the whole tensor of that name, each rank its own part."""
         for name, parameter in self.parameters(parts).items():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            tensor = read(name, self._index(parameter))
-            if tensor.shape != local.shape:
-                raise UserError(f"{name} has shape {list(tensor.shape)} where this rank holds {list(local.shape)}.")
-            local.copy_(tensor)
+            mine, tensor = local(parameter), read(name, self._index(parameter))
+            if tensor.shape != mine.shape:
+                raise UserError(f"{name} has shape {list(tensor.shape)} where this rank holds {list(mine.shape)}.")
+            mine.copy_(tensor)
 
     def _index(self, parameter: Tensor) -> tuple[slice, ...]:
         """This rank's part of a whole tensor: cut by tp first, then by fsdp, equal parts with the last ones smaller."""
@@ -258,14 +258,14 @@ class Layout:
             return
         tied = self.parameters(parts).get("model.embed_tokens.weight")
         if tied is not None and tied.grad is not None:
-            dist.all_reduce(_local(tied.grad), group=self.ends)
+            dist.all_reduce(local(tied.grad), group=self.ends)
 
     def grad_norm(self, parts: list[Part]) -> float:
         """The L2 norm of all gradients together, each parameter counted once."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, parameter in self.parameters(parts).items():
             if parameter.grad is not None:
-                total += self._share(name, parameter, parts) * _square(_local(parameter.grad))
+                total += self._share(name, parameter, parts) * _square(local(parameter.grad))
         total = total.cpu()
         if self.mesh is not None:
             dist.all_reduce(total)
@@ -284,7 +284,7 @@ class Layout:
         """Multiply every gradient."""
         for parameter in self.parameters(parts).values():
             if parameter.grad is not None:
-                _local(parameter.grad).mul_(factor)
+                local(parameter.grad).mul_(factor)
 
     # What leaves the run
 
@@ -328,7 +328,7 @@ class Layout:
             return
         tied = self.parameters(parts).get("model.embed_tokens.weight")
         if tied is not None:
-            here = _local(tied).detach().cpu()
+            here = local(tied).detach().cpu()
             other = here.clone()
             dist.broadcast(other, group_src=0, group=self.ends)
             if not torch.equal(here, other):
@@ -366,50 +366,6 @@ class Layout:
         """Leave the ranks."""
         if self.mesh is not None:
             dist.destroy_process_group()
-
-
-def whole(parts: Iterable[Part]) -> nn.Module:
-    """One module of all of a rank's parts, under checkpoint names; a tied weight goes by the embedding's alone."""
-    top, inner, layers = nn.Module(), nn.Module(), nn.ModuleDict()
-    for part in parts:
-        model = part.model
-        for name, block in model.layers.items():
-            layers[name] = block
-        if model.embed_tokens is not None:
-            inner.embed_tokens = model.embed_tokens
-        if model.norm is not None:
-            inner.norm = model.norm
-        if model.lm_head is not None and not model.config.tie_word_embeddings:
-            top.lm_head = model.lm_head
-        elif model.lm_head is not None:
-            top.lm_head = nn.Module()
-            if isinstance(model.lm_head.adapter, nn.Module):
-                top.lm_head.adapter = model.lm_head.adapter
-            if model.embed_tokens is None and not hasattr(inner, "embed_tokens"):
-                inner.embed_tokens = nn.Module()
-                inner.embed_tokens.weight = model.lm_head.weight
-    inner.layers = layers
-    top.model = inner
-    return top
-
-
-def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give the module's own parameters memory on `device`, uninitialised."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        empty: Tensor
-        if isinstance(parameter, DTensor):
-            local = torch.empty_like(parameter.to_local(), device=device)
-            empty = DTensor.from_local(
-                local, parameter.device_mesh, parameter.placements, run_check=False,
-                shape=parameter.shape, stride=parameter.stride(),
-            )  # fmt: skip
-        else:
-            empty = torch.empty_like(parameter, device=device)
-        setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _square(x: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ def check_model(config: ModelConfig, options: MeshOptions) -> None:
         )
     if math.ceil(config.vocab_size / options.tp) * (options.tp - 1) >= config.vocab_size:
         raise UserError(f"a vocabulary of {config.vocab_size} is too small for tp {options.tp}; use fewer.")
+    if options.cp > 1 and (config.rope_scaling or {}).get("rope_type") == "dynamic":
+        raise UserError("dynamic rope scaling depends on the length of a whole sequence, which cp cuts; set cp to 1.")
     if config.num_hidden_layers < options.stages:
         raise UserError(
             f"{config.num_hidden_layers} layers cannot be cut into {options.stages} pipeline stages; use fewer."

@@ -6,7 +6,7 @@ from tokens to a number, output layer included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,3 +142,28 @@ PRODUCTS = {
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def whole(parts: Iterable[Part]) -> nn.Module:
+    """One module of all of a rank's parts, under checkpoint names; a tied weight goes by the embedding's alone."""
+    top, inner, layers = nn.Module(), nn.Module(), nn.ModuleDict()
+    for part in parts:
+        model = part.model
+        for name, block in model.layers.items():
+            layers[name] = block
+        if model.embed_tokens is not None:
+            inner.embed_tokens = model.embed_tokens
+        if model.norm is not None:
+            inner.norm = model.norm
+        if model.lm_head is not None and not model.config.tie_word_embeddings:
+            top.lm_head = model.lm_head
+        elif model.lm_head is not None:
+            top.lm_head = nn.Module()
+            if isinstance(model.lm_head.adapter, nn.Module):
+                top.lm_head.adapter = model.lm_head.adapter
+            if model.embed_tokens is None and not hasattr(inner, "embed_tokens"):
+                inner.embed_tokens = nn.Module()
+                inner.embed_tokens.weight = model.lm_head.weight
+    inner.layers = layers
+    top.model = inner
+    return top

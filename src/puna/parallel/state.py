@@ -15,8 +15,7 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from puna.parallel.layout import whole
-from puna.parallel.part import Part
+from puna.parallel.part import Part, whole
 
 
 def get_state(parts: Iterable[Part], optimizer: Optimizer) -> dict[str, Any]:
