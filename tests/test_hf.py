@@ -179,6 +179,16 @@ def test_tensors_that_do_not_fit_the_config_are_named(tiny_checkpoint, tmp_path)
         open_source(put(tmp_path / "e", state, folder, num_hidden_layers=4))
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("wrong", ["</s>", -1, 10**9, True, [2, "</s>"], 2.0, {"id": 2}])
+def test_end_tokens_that_are_none_are_refused(tiny_checkpoint, tmp_path, name, wrong) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "copy"))
+    said = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps(said | {"eos_token_id": wrong}))
+    with pytest.raises(UserError, match=f"{name}: eos_token_id must be ids below"):
+        open_source(folder)
+
+
 def test_bad_configs_are_refused(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
     with pytest.raises(UserError, match="'mistral'"):

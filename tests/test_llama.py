@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from puna.errors import UserError
 from puna.model.attend import causal
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
@@ -135,6 +136,32 @@ def test_dynamic_rope_fixed_for_a_length_does_not_depend_on_the_forward():
     model.fix_rope(90)
     ids = torch.randint(0, 96, (1, 90))
     assert torch.allclose(logits(model, ids)[:, :20], logits(model, ids[:, :20]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[
+            (key, value)
+            for key in ("hidden_size", "num_attention_heads")
+            for value in ("32", 0, 4.5, True, -1, 1 << 31)
+        ],
+        *[(key, value) for key in ("num_key_value_heads", "head_dim") for value in ("2", 4.5, -8)],
+        *[("rope_theta", value) for value in ("ten", 0, -1.0, float("nan"), float("inf"), 10**400, [1])],
+        *[("rms_norm_eps", value) for value in ("small", 0, -1, float("nan"), None, True)],
+        *[("rope_scaling", value) for value in ("llama3", [1], 2, {"rope_type": ["linear"]})],
+        *[("factor", value) for value in (-3, 0, "four", float("nan"))],
+        ("high_freq_factor", 1.0),
+        ("original_max_position_embeddings", 8192.0),
+        ("tie_word_embeddings", "false"),
+    ],
+)
+def test_a_config_with_a_value_of_the_wrong_kind_is_refused_by_its_key(key, value):
+    whole = {"model_type": "llama", **ModelConfig(96, 64, 112, 2, 8, 4, 8).to_hf()}
+    inner = key in ROPE["llama3"]
+    said = whole | ({"rope_scaling": ROPE["llama3"] | {key: value}} if inner else {key: value})
+    with pytest.raises(UserError, match="RoPE type" if isinstance(value, dict) else key):
+        ModelConfig.from_hf(said)
 
 
 def test_float64_runs_in_float64():

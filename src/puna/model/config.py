@@ -51,6 +51,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "no_rope_layers": (None, []),
     "no_rope_layer_interval": (None,),
 }
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 MAX_LAYERS = 4096  # far above any model; a config is untrusted, and `tensors` lists what it asks for
 
 
@@ -78,9 +79,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in (*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"config: {key} must be a whole number above 0, not {value!r}.")
+            _check_count(key, getattr(self, key))
+        for key in ("rms_norm_eps", "rope_theta"):
+            _check_number(key, getattr(self, key))
         if self.num_hidden_layers > MAX_LAYERS:
             raise UserError(
                 f"config: {self.num_hidden_layers} layers are more than any LLaMA has; correct num_hidden_layers."
@@ -103,6 +104,10 @@ class ModelConfig:
         for key in NEEDED:
             if config.get(key) is None:
                 raise UserError(f"config.json lacks {key!r}, which every LLaMA needs; take it from the model's source.")
+            _check_count(key, config[key])
+        for key in FLAGS:
+            if not isinstance(config.get(key), bool | None):
+                raise UserError(f"config: {key} must be true or false, not {config[key]!r}.")
         for key, allowed in FIXED.items():
             if config.get(key) not in allowed:
                 raise UserError(f"config.json asks for {key}={config[key]!r}, which puna does not implement.")
@@ -112,12 +117,14 @@ class ModelConfig:
                 f"config.json: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads};"
                 " set head_dim."
             )
+        eps = config.get("rms_norm_eps", 1e-6)  # transformers' default, LLaMA 1's value
+        _check_number("rms_norm_eps", eps)
         theta, scaling = _rope(config)
         return cls(
             **{key: config[key] for key in NEEDED},
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),  # transformers' default, LLaMA 1's value
+            rms_norm_eps=float(eps),
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -187,19 +194,43 @@ class ModelConfig:
         return total
 
 
+def end_ids(settings: Mapping[str, Any], vocab_size: int, name: str) -> tuple[int, ...]:
+    """`eos_token_id` of a config.json or generation_config.json, one or a list. UserError for what is no token id."""
+    value = settings.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for index in ids:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < vocab_size:
+            raise UserError(f"{name}: eos_token_id must be ids below vocab_size {vocab_size}, not {index!r}.")
+    return tuple(ids)
+
+
+def _check_count(key: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+        raise UserError(f"config: {key} must be a whole number above 0 and below 2**31, not {value!r}.")
+
+
+def _check_number(key: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:  # NaN is not above 0
+        raise UserError(f"config: {key} must be a finite number above 0, not {value!r}.")
+
+
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = dict(parameters or config.get("rope_scaling") or {})
-    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), Mapping | None):
+            raise UserError(f"config: {key} must be a mapping with a rope_type, not {config[key]!r}.")
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = (scaling.pop("rope_theta", None), config.get("rope_theta"), 10000.0)
+    theta = next(value for value in given if value is not None)
+    _check_number("rope_theta", theta)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if scaling.pop("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UserError("config.json asks for partial_rotary_factor, which puna does not implement.")
     scaling = {key: value for key, value in scaling.items() if value is not None}
     if kind == "default":
-        return theta, None
-    if kind not in ROPE_KEYS:
+        return float(theta), None
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         known = ", ".join(["default", *ROPE_KEYS])
         raise UserError(f"config.json asks for RoPE type {kind!r}, which puna does not implement; it knows {known}.")
     needed, optional = ROPE_KEYS[kind]
@@ -207,4 +238,11 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         raise UserError(f"config.json: RoPE type {kind!r} lacks {', '.join(sorted(missing))}.")
     if unknown := scaling.keys() - needed - optional:
         raise UserError(f"config.json: RoPE type {kind!r} has unknown keys {', '.join(sorted(unknown))}.")
-    return theta, {"rope_type": kind, **scaling}
+    for key, value in scaling.items():
+        if key == "original_max_position_embeddings":
+            _check_count(key, value)
+        elif key not in ("truncate", "finetuned"):
+            _check_number(f"{key} of RoPE type {kind!r}", value)
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError("config: low_freq_factor of RoPE type 'llama3' must be below high_freq_factor.")
+    return float(theta), {"rope_type": kind, **scaling}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from puna.errors import UserError
-from puna.model.config import ModelConfig
+from puna.model.config import ModelConfig, end_ids
 from puna.text import Tokenizer
 from puna.weights import safetensors, torch_file
 from puna.weights.files import read_json, write_json
@@ -57,17 +57,19 @@ def open_hf(path: Path) -> Source:
     """Opens a Hugging Face directory. Raises `UserError` for a damaged or incomplete one, or another architecture."""
     said = read_json(path / "config.json")
     config = ModelConfig.from_hf(said)
+    generation = read_json(file) if (file := path / "generation_config.json").exists() else {}
+    for settings, name in ((said, "config.json"), (generation, "generation_config.json")):
+        end_ids(settings, config.vocab_size, f"{path / name}")
     weights = open_weights(path)
     tensors, read, ignored = _without_legacy(path, config, weights)
     tensors = in_model_order(config, tensors)
-    generation = path / "generation_config.json"
     others = [path / name for name in ("config.json", "generation_config.json", *TOKENIZER_FILES)]
     return Source(
         path=path,
         format="hf",
         config=config,
         hf_config=native_config(config, said, tensors),
-        generation=read_json(generation) if generation.exists() else {},
+        generation=generation,
         tensors=tensors,
         files=[*weights.files, *(file for file in others if file.exists())],
         details={"weight_files": [file.name for file in weights.files], "ignored": ignored},
