@@ -79,6 +79,19 @@ def test_user_errors_are_one_sentence_and_exit_2(capsys, words, says):
     assert not out and says in err and err.count("\n") == 1 and "Traceback" not in err
 
 
+def test_a_name_of_bytes_is_printed():
+    done = subprocess.run([*PUNA, "info", b"no\xff"], capture_output=True)
+    assert done.returncode == 2 and b"there is no checkpoint no\\udcff" in done.stderr
+    code = "import sys; from puna import cli; cli._run = lambda words: print(words[0]); sys.exit(cli.main())"
+    done = subprocess.run([sys.executable, "-c", code, b"no\xff"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"no\xff\n", b"")
+
+
+def test_the_overview_of_a_group_names_it():
+    text = puna("bench", "--help").stdout
+    assert text.startswith("usage: puna bench VERB [options]") and "chat" not in text
+
+
 def test_no_verb_shows_the_overview_on_stderr(capsys):
     assert cli.main([]) == 2
     out, err = capsys.readouterr()
@@ -90,6 +103,11 @@ def test_no_verb_shows_the_overview_on_stderr(capsys):
     [
         (UserError("no such file; give another"), 2, "puna: no such file; give another\n"),
         (OSError(28, "No space left on device", "big.gguf"), 2, "puna: the disk is full at big.gguf: free some"),
+        (OSError(122, "Disk quota exceeded", "x"), 2, "puna: the disk is full at x: free some"),
+        (OSError(30, "Read-only file system", "x"), 2, "puna: cannot use x: Read-only file system\n"),
+        (OSError(36, "File name too long", "x"), 2, "puna: cannot use x: File name too long\n"),
+        (OSError(40, "Too many levels of symbolic links", "x"), 2, "puna: cannot use x: Too many levels"),
+        (UserError("a full stop."), 2, "puna: a full stop\n"),
         (PermissionError(13, "Permission denied", "x"), 2, "puna: cannot use x: Permission denied\n"),
         (MemoryError(), 2, "puna: out of memory: lower --kv-tokens"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "puna: out of memory"),

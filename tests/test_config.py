@@ -90,6 +90,15 @@ def test_yaml_holds_the_same_keys_and_the_command_line_wins(tmp_path):
     assert thing(str(file), "--config", str(over)).max_tokens == 4
 
 
+def test_nesting_without_end_is_a_sentence(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("stop: " + "[" * 5000)
+    with pytest.raises(UserError, match="run.yaml is not valid YAML: lists or mappings are nested too deeply"):
+        thing(str(file))
+    with pytest.raises(UserError, match="--bias takes a mapping"):
+        thing("m", "--bias", "[" * 5000)
+
+
 def test_positionals_fill_what_the_file_leaves_open(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: m")

@@ -293,6 +293,8 @@ def test_yaml_holds_the_options(run, tmp_path):
         (["p", "--n", "2"], "completions would all be the same"),
         (["x" * 5000], "context"),
         (["p", "x" * 5000], "prompt 2: "),
+        (["p", "--max-num-seqs", "0"], "max_num_seqs must be at least 1, not 0"),
+        (["p", "--max-batch-tokens", "0"], "max_batch_tokens must be at least 1, not 0"),
         (["p", "--max-model-len", "1000000"], "1000000"),
         (["p", "--device", "tpu"], "tpu"),
         (["p", "--template", "nosuch"], "nosuch"),

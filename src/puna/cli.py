@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 from puna import __version__, config, options
@@ -40,6 +41,9 @@ VERBS: dict[str, tuple[type, str, str]] = {
     "demo": (options.DemoOptions, "puna.demo:run", "the main job on real weights, in about a minute"),
 }
 HELP = ("-h", "--help", "help")
+FULL = {errno.ENOSPC, errno.EDQUOT}
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+UNUSABLE |= {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     rank = os.environ.get("RANK", "0")
     name, errors = ("puna" if rank == "0" else f"puna (rank {rank})"), sys.stderr
+    for stream, how in ((sys.stdout, "surrogateescape"), (errors, "backslashreplace")):  # names of files may be no text
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=how)
     if rank != "0":  # under torchrun all ranks compute, one speaks; the others have errors of their own to tell at most
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     trace = bool(os.environ.get("PUNA_TRACEBACK"))
@@ -117,7 +124,8 @@ def _run(words: list[str]) -> int:
 
 
 def _overview(group: str = "") -> str:
-    lines = ["usage: puna VERB [options]", "", "LLaMA checkpoints through their whole life.", ""]
+    usage = " ".join(filter(None, ("usage: puna", group, "VERB [options]")))
+    lines = [usage, "", "LLaMA checkpoints through their whole life.", ""]
     lines += [f"  {verb:<18}{line}" for verb, (_, _, line) in VERBS.items() if verb.startswith(group)]
     return "\n".join([*lines, "", "puna VERB --help shows a verb's options with examples; puna --version the version."])
 
@@ -125,10 +133,10 @@ def _overview(group: str = "") -> str:
 def _users_own(error: Exception) -> str | None:
     """The sentence for an error that the user can put right, None for a defect of puna."""
     if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return str(error).removesuffix(".")
+    if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full{f' at {error.filename}' if error.filename else ''}: free some space and run again"
-    if isinstance(error, (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
         return f"cannot use {error.filename}: {error.strerror}"
     # torch raises OutOfMemoryError on a GPU and a plain RuntimeError on the CPU
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):

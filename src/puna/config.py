@@ -149,7 +149,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     """`value`, from YAML or as the text of the command line, as the type `hint`; `UserError` names `name`."""
     try:
         return _convert(value, hint)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, yaml.YAMLError, RecursionError):
         close = nearest(str(value), map(str, typing.get_args(hint))) if typing.get_origin(hint) is Literal else ""
         raise UserError(f"{name} takes {_wanted(hint)}, not {value!r}{close}") from None
 
@@ -217,6 +217,8 @@ def _read_yaml(file: str) -> Any:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the options file {file}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{file} is not valid YAML: lists or mappings are nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -22,7 +22,9 @@ class ModelOptions:
     dtype: Dtype = option("auto", "data type of the weights in memory; auto is the checkpoint's own")
     weights: Literal["auto", "random"] = option("auto", "random: no weights are read, to time any size")
     adapter: Path | None = option(None, "directory of a LoRA adapter in peft's layout, merged into the weights at load")
-    template: str | None = option(None, "chat template: a built-in (chatml, llama2, alpaca, vicuna) or a Jinja file")
+    template: str | None = option(
+        None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
+    )
     max_model_len: int | None = option(None, "longest prompt plus answer, in tokens; the config's own when not given")
     kv_tokens: int | None = option(None, "tokens that the KV cache holds; sized from free memory when not given")
     max_batch_tokens: int = option(2048, "tokens computed in one step, prompts and answers together")
@@ -115,7 +117,7 @@ class ConvertOptions:
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     overwrite: bool = option(False, "replace DST, if an earlier puna convert wrote it")
     max_shard_gb: float = option(5.0, "hf: largest weight file, in GB")
-    proof: bool = option(True, "compare the result with its source; --no-proof leaves it out")
+    proof: bool = option(True, "leave out the comparison of the result with its source")
 
 
 @dataclass(kw_only=True)
@@ -139,7 +141,7 @@ class LoraMergeOptions:
     )
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     overwrite: bool = option(False, "replace DST, if puna wrote it")
-    proof: bool = option(True, "compare the result with model and adapter; --no-proof leaves it out")
+    proof: bool = option(True, "leave out the comparison of the result with model and adapter")
 
 
 @dataclass(kw_only=True)
@@ -158,7 +160,7 @@ class VerifyOptions:
     tolerance: float | None = option(
         None, "relative difference of a tensor that counts as the same; 0 when not given, 0.02 for quantised ones"
     )
-    logits: bool = option(True, "run both on probe texts; --no-logits compares what is stored alone")
+    logits: bool = option(True, "compare what is stored alone, without running both on probe texts")
     json: bool = option(False, "print JSON")
 
 
@@ -324,14 +326,16 @@ class PrepareOptions:
     out: Path = option(MISSING, "prefix of what is written: OUT_train_text_document.bin, OUT.json and so on")
     tokenizer: str = option(MISSING, MODEL + ", or a tokenizer file; its template is used too")
     handler: str = option("auto", "what the rows are; auto looks at their fields and says what it found")
-    template: str | None = option(None, "chat template: a built-in (chatml, llama2, alpaca, vicuna) or a Jinja file")
+    template: str | None = option(
+        None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
+    )
     template_values: dict[str, str] | None = option(
         None, "variables for the template, as in '{date_string: 26 Jul 2024}'"
     )
     loss: Literal["all", "last"] = option("all", "which answers of a conversation are trained")
     text_field: str = option("text", "handler text: the field that holds the document")
     documents: Literal["line", "paragraph", "file"] = option("line", "what a document is in a text file")
-    append_eos: bool = option(True, "end every document with EOS; --no-append-eos leaves it out")
+    append_eos: bool = option(True, "leave out the EOS after every document")
     validation: float = option(0.01, "share of the samples, by their hash, kept apart for validation; 0 is no split")
     workers: int | None = option(None, "processes; all cores when not given")
     engine: Literal["local", "ray"] = option(

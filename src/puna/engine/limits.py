@@ -18,6 +18,11 @@ class Limits:
     max_batch_tokens: int = 2048
     max_num_seqs: int = 256
 
+    def __post_init__(self) -> None:
+        for name in ("max_batch_tokens", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+
     def max_len(self, prompt: list[int], params: SamplingParams, pool: BlockPool, *, score_only: bool) -> int:
         """Tokens at which the request's sequences end, which fit the cache when all else is preempted.
 
