@@ -354,3 +354,37 @@ def test_ray_gives_the_same_bytes(tmp_path, corpus, tokenizer, small):
         given.engine = engine
         run(given)
     assert files(tmp_path / "local") == files(tmp_path / "ray")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name, handler, template, rejected",
+    [
+        ("alpaca/alpaca_en_demo.json", "alpaca", "alpaca", 0),
+        ("alpaca/alpaca_tiny.derived.parquet", "alpaca", None, 0),
+        ("moss/moss-003-sft-no-tools.sample.jsonl", "moss", None, 0),
+        ("sharegpt/sharegpt_v3_first800.json", "sharegpt", None, 19),
+        # one conversation has two questions in a row, which this template refuses
+        ("sharegpt/sharegpt_v3_first800.json", "vicuna", "vicuna", 20),
+        ("squad/xquad.en.json", "squad", None, 0),
+        ("squad/xquad.zh.json", "squad-first", None, 0),
+        ("c4/c4_demo.jsonl", "text", None, 0),
+        ("c4/wiki_demo.txt", "text", None, 0),
+        ("tinystories/sample.txt", "text", None, 0),
+        ("tinyshakespeare/input.txt", "text", None, 0),
+        ("wikitext2/valid.txt", "wikitext", None, 0),
+        ("wikitext2/valid.txt", "wikitext-clean", None, 0),
+    ],
+)
+def test_real_files_are_prepared(tmp_path, shared_data, name, handler, template, rejected):
+    model = str(shared_data / "tokenizers/llama3")
+    card = run(options(tmp_path, shared_data / name, model, handler=handler, template=template))
+    assert sum(card["rejected"].values()) == rejected, card["rejected"]
+    tokenizer = Tokenizer.load(model)
+    for split, counts in card["splits"].items():
+        data = open_dataset(tmp_path / f"out/P_{split}")
+        assert len(data) == counts["samples"] and int(data.lengths.sum()) == counts["tokens"]
+        for index in range(0, len(data), max(1, len(data) // 20)):
+            ids, labels = data.sample(index)
+            assert labels[-1] == ids[-1] or labels[-2] == ids[-2] == tokenizer.eos_id or handler == "sharegpt"
+            assert ((labels == ids) | (labels == -100)).all() and (labels != -100).any()
