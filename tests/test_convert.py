@@ -227,6 +227,22 @@ def test_a_disk_that_is_too_small_is_said_before(tiny_checkpoint, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_parents_made_for_a_result_go_with_it_when_it_fails(tmp_path) -> None:
+    (tmp_path / "there").mkdir()
+    for dst in ("deep/deeper/file", "there/deeper/file", "there/file"):
+        with pytest.raises(UserError, match="no"), staged(tmp_path / dst) as path:
+            path.write_text("half")
+            raise UserError("no")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with pytest.raises(UserError, match="no"), staged(tmp_path / "deep/file") as path:
+        (tmp_path / "deep/other").write_text("of someone else")
+        raise UserError("no")
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep/other"]
+    with staged(tmp_path / "deep/deeper/file") as path:
+        path.write_text("whole")
+    assert (tmp_path / "deep/deeper/file").read_text() == "whole"
+
+
 def test_publishing_puts_back_what_it_moved_when_it_fails(tmp_path, monkeypatch) -> None:
     dst = tmp_path / "file"
     dst.write_text("old")
@@ -357,3 +373,10 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(tiny_checkpoint, tm
         else:
             killed += 1
     assert killed
+
+
+def test_a_pickle_of_another_protocol_raises_no_warning(tmp_path, recwarn):
+    torch.save({"a": torch.arange(3)}, tmp_path / "x.bin", pickle_protocol=4)
+    with pytest.raises(UserError, match=r"x\.bin"):
+        torch_file.load_file(tmp_path / "x.bin")
+    assert not recwarn.list

