@@ -91,9 +91,7 @@ def test_concatenation_is_one_stream(text):
 
 def test_samples_longer_than_a_row(tmp_path):
     data = make(tmp_path / "chat", [10, SEQ, SEQ + 1, 3 * SEQ], chat=True)
-    with pytest.raises(
-        UserError, match=r"2 of 4 samples of .* do not fit a row of 32 tokens \(the longest has 96"
-    ):
+    with pytest.raises(UserError, match=r"2 of 4 samples of .* do not fit a row of 32 tokens \(the longest has 96"):
         PackedLoader([(data, None)], SEQ, 0)
     for long, docs in (("cut", {0, 1, 2, 3}), ("drop", {0, 1})):
         loader = PackedLoader([(data, None)], SEQ, 0, long=long)
