@@ -433,6 +433,8 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(made):
         altered(made, normalizer=normalizers.Lowercase()).to_gguf()
     with pytest.raises(UserError, match="normalisation"):
         altered(made, spm=True, normalizer=normalizers.Lowercase()).to_gguf()
+    with pytest.raises(UserError, match="no merges"):
+        altered(made, model=models.BPE({"a": 0, "b": 1}, [])).to_gguf()
     own_merges = models.BPE({"a": 0, "b": 1, "ab": 2, "aba": 3, "ba": 4}, [("a", "b"), ("ab", "a")])
     lacking = make(made, "spm")
     lacking._backend.model, lacking._parts.scores = own_merges, None  # "b"+"a" is no merge, but has a score

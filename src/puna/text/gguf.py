@@ -155,6 +155,10 @@ def _write_bpe(parts: Parts, pairs: list[tuple[str, ...]]) -> dict[str, Any]:
             f"({json.dumps(state(parts.backend.pre_tokenizer), ensure_ascii=False)[:200]}), "
             "so a GGUF of it would tokenise differently; keep the checkpoint in the Hugging Face layout."
         )
+    if not pairs:
+        raise UserError(
+            "This BPE tokenizer has no merges, which a GGUF file needs; keep the checkpoint in the Hugging Face layout."
+        )
     merges = [" ".join(pair) for pair in pairs]
     return {"model": "gpt2", "pre": pre, "merges": merges, "add_space_prefix": False}
 

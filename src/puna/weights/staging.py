@@ -1,7 +1,8 @@
 """Writing a checkpoint so that it appears whole or not at all.
 
 It is written into a hidden directory beside its destination, brought to the disk, and renamed. Ctrl-C, an error or a
-full disk removes that directory; a killed process or a power cut leaves it (`.NAME.xxxx.part`), never half a result.
+full disk removes that directory and the parents made for it; a killed process or a power cut leaves it
+(`.NAME.xxxx.part`), never half a result.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from puna.errors import UserError
@@ -37,6 +38,7 @@ def staged(dst: Path, overwrite: bool = False) -> Iterator[Path]:
             raise UserError(f"{dst} exists already: choose another name, or add --overwrite")
         if not manifest_path(final).exists():
             raise UserError(f"{dst} has no {MANIFEST}, so puna didn't write it: to replace it, remove it yourself")
+    made = [folder for folder in final.parents if not folder.exists()]  # the innermost first
     final.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
     try:
@@ -51,6 +53,9 @@ def staged(dst: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):  # the result is in it, or what someone else has put there
+            for parent in made:
+                parent.rmdir()
 
 
 def _publish(stage: Path, final: Path) -> None:
