@@ -78,6 +78,27 @@ def test_generate_takes_texts_and_ids_one_and_many(llm: LLM):
     assert llm.generate(ids, params)[0].prompt is None
 
 
+@pytest.mark.parametrize("call", ["generate", "score", "chat"])
+@pytest.mark.parametrize("prompts", [5, None, ["a", 5], [[1, "a"]], [None], b"a", {"a": 1}, [1.5]])
+def test_what_is_no_prompt_is_refused_in_a_sentence(llm: LLM, call: str, prompts):
+    with pytest.raises(UserError, match="text|list of messages"):
+        getattr(llm, call)(prompts)
+
+
+def test_a_conversation_is_for_chat_and_parameters_are_no_dict(llm: LLM):
+    with pytest.raises(UserError, match="use chat for conversations"):
+        llm.generate(CHAT)
+    for call in (llm.generate, lambda *args: list(llm.stream(*args))):
+        with pytest.raises(UserError, match=r"SamplingParams\(...\), not as a dict"):
+            call("hi", {"max_tokens": 2})
+
+
+def test_a_closed_llm_of_one_process_still_runs(checkpoint: Path):
+    with LLM(checkpoint, kv_tokens=64) as llm:
+        pass
+    assert llm.generate("a", SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids
+
+
 def test_outputs_come_in_the_order_of_the_prompts(llm: LLM):
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (9, 1, 5)]
     outputs = llm.generate(["a", "b", "c"], params)
@@ -226,6 +247,7 @@ def test_score_equals_a_whole_forward(llm: LLM):
         assert scored.logprobs[0] is None and scored.logprobs[1:] == pytest.approx(expected, abs=1e-9)
         assert scored.total == pytest.approx(sum(expected))
     assert llm.score([]) == []
+    assert llm.score(texts[0]) == llm.score(texts[:1]) == llm.score(llm.tokenizer.encode(texts[0]))
 
 
 def test_a_text_too_long_to_score_leaves_nothing_behind(llm: LLM):
@@ -281,6 +303,14 @@ def test_dtype_auto_is_the_checkpoints(tiny_checkpoint):
         llm = LLM(tiny_checkpoint(torch_dtype=dtype), kv_tokens=64)
         assert llm.dtype == llm.model.embed_tokens.weight.dtype == getattr(torch, dtype)
     assert LLM("tiny", weights="random", kv_tokens=64).dtype == torch.bfloat16
+    assert LLM("tiny", weights="random", kv_tokens=64, dtype=torch.float16).dtype == torch.float16
+    with pytest.raises(UserError, match="no dtype 'int8'"):
+        LLM("tiny", weights="random", dtype=torch.int8)
+
+
+def test_a_mistyped_preset_is_named():
+    with pytest.raises(UserError, match="no preset 'tiny-gqaa', did you mean 'tiny-gqa'"):
+        LLM("tiny-gqaa", weights="random")
 
 
 def test_random_weights_of_a_preset_run(tmp_path: Path):

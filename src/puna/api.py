@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from puna.engine.output import RequestOutput
 from puna.engine.params import SamplingParams
 from puna.engine.runner import BLOCK_SIZE, make_runner
 from puna.errors import UserError, nearest
-from puna.model.config import ModelConfig
+from puna.model.config import ModelConfig, end_ids
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
 from puna.parallel.launch import serve, start
@@ -85,8 +86,9 @@ def choose_device(device: str) -> str:
     return "cpu"
 
 
-def choose_dtype(dtype: str, source: Source | None) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype, source: Source | None) -> torch.dtype:
     """`auto` is the checkpoint's own; bfloat16 for quantised and random weights."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         lossy = source is None or source.details.get("quantised")
         stored = "bfloat16" if source is None or lossy else source.hf_config.get("torch_dtype")
@@ -99,7 +101,7 @@ def choose_dtype(dtype: str, source: Source | None) -> torch.dtype:
 def load(
     ref: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     revision: str | None = None,
     adapter: str | Path | None = None,
@@ -126,7 +128,7 @@ class LLM:
         model: str | Path,
         *,
         revision: str | None = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str = "auto",
         weights: str = "auto",
         adapter: str | Path | None = None,
@@ -153,7 +155,7 @@ class LLM:
                 self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
                 self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet, room=room)
             elif weights in ("auto", "random"):
-                with open_source(model, revision=revision) as source:
+                with _open(model, revision, weights) as source:
                     if adapter is not None:
                         source = merge(source, read_adapter(adapter))
                     kind = choose_dtype(dtype, source)
@@ -207,7 +209,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Release the other ranks."""
+        """Release the other ranks. With one process there is nothing to release, and the model can still be used."""
         if self._tp is not None and not self._tp.broken:
             self.engine.stop()
         self._tp = None
@@ -218,6 +220,8 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None, stream: bool = False
     ) -> str:
         """Queue a text, token ids or a conversation, and give the request's id."""
+        if not isinstance(params, SamplingParams | None):
+            raise UserError(f"sampling parameters are given as SamplingParams(...), not as a {type(params).__name__}.")
         ids, text = self.encode(prompt)
         id = self.engine.add(ids, self._default(params, len(ids)), id=id, stream=stream)
         if text is not None:
@@ -253,8 +257,13 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
         """Token ids, and the text, of a text (by the BOS rule), of a conversation (by its template) or of ids."""
-        if not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt):
-            return [int(token) for token in prompt], None  # type: ignore[arg-type]
+        try:
+            if not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt):
+                return [index(token) for token in prompt], None  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(
+                f"a prompt is a text, a list of token ids (whole numbers) or a conversation, not {prompt!r:.60}."
+            ) from None
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer; give token ids.")
         if isinstance(prompt, str):
@@ -279,8 +288,10 @@ class LLM:
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continue every prompt (texts or token ids), in order. A request that fails alone carries an `error`."""
-        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        return self._all([prompts] if one else list(prompts), params, progress)
+        listed = _several(prompts)
+        if any(isinstance(prompt, Mapping) for prompt in listed):
+            raise UserError("generate takes texts and token ids; use chat for conversations.")
+        return self._all(listed, params, progress)
 
     def chat(
         self,
@@ -290,6 +301,10 @@ class LLM:
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the checkpoint's chat template."""
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise UserError(
+                "chat takes a list of messages, each a dict with role and content, or a list of such lists."
+            )
         one = bool(messages) and isinstance(messages[0], Mapping)
         return self._all([messages] if one else list(messages), params, progress)
 
@@ -340,9 +355,11 @@ class LLM:
         finally:
             self.abort(id)
 
-    def score(self, texts: Sequence[str] | Sequence[Sequence[int]], *, progress: bool = False) -> list[Scored]:
-        """Log-probabilities (natural, of the raw model) of given texts or token ids, batched."""
-        listed = [self.encode(text)[0] for text in texts]
+    def score(
+        self, texts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], *, progress: bool = False
+    ) -> list[Scored]:
+        """Log-probabilities (natural, of the raw model) of given texts or token ids, one or many, batched."""
+        listed = [self.encode(text)[0] for text in _several(texts)]
         scorable = [tokens for tokens in listed if len(tokens) > 1]
         added = (self.engine.add(tokens, SamplingParams(), score_only=True) for tokens in scorable)
         done = iter(self._gather(added, len(scorable), progress))
@@ -358,12 +375,28 @@ class LLM:
         return out
 
 
+def _open(model: str | Path, revision: str | None, weights: str) -> Source:
+    """The checkpoint. Where random weights were asked for, a name that is none may be a mistyped preset."""
+    try:
+        return open_source(model, revision=revision)
+    except UserError as error:
+        if weights == "random" and (hint := nearest(str(model), PRESETS)):
+            raise UserError(f"there is no preset {str(model)!r}{hint}; and as a checkpoint: {error}") from error
+        raise
+
+
+def _several(prompts: Any) -> list[Any]:
+    """One text, or one prompt's token ids, as a list of one; a list of either as it is."""
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, str | Sequence):
+        raise UserError(f"give a text, token ids, or a list of either, not {type(prompts).__name__}.")
+    one = isinstance(prompts, str) or (bool(prompts) and all(isinstance(part, int) for part in prompts))
+    return [prompts] if one else list(prompts)
+
+
 def _stop_ids(source: Source) -> tuple[int, ...]:
     """The end tokens of a checkpoint that has no tokenizer to name them."""
-    for settings in (source.generation, source.hf_config):
-        if (ends := settings.get("eos_token_id")) is not None:
-            return tuple(ends) if isinstance(ends, list) else (ends,)
-    return ()
+    size = source.config.vocab_size
+    return end_ids(source.generation, size, "generation_config.json") or end_ids(source.hf_config, size, "config.json")
 
 
 def _context(config: ModelConfig, asked: int | None) -> int:
