@@ -169,6 +169,16 @@ def test_log_probabilities_are_records(run):
     assert len(record["prompt_logprobs"]) == record["usage"]["prompt_tokens"] - 1  # nothing predicts the first
 
 
+def test_a_prompt_beyond_any_context_is_not_encoded(run, monkeypatch, tmp_path):
+    text = "word " * 3_000_000
+    (tmp_path / "in.jsonl").write_text(lines([{"prompt": text}, {"messages": [{"role": "user", "content": text}]}]))
+    (tmp_path / "in.txt").write_text(text)
+    monkeypatch.setattr("puna.text.Tokenizer.encode", None)
+    records = [json.loads(line) for line in run("--file", "in.jsonl")[1].splitlines()]
+    assert all("more than the context of 512 tokens can hold" in record["error"] for record in records)
+    assert run("--file", "in.txt")[0] == 2
+
+
 def test_resume_gives_what_one_go_gives(run, tmp_path):
     rows = [{"id": i, "prompt": f"row {i}", "temperature": 1.0, "seed": i} for i in range(9)]
     (tmp_path / "in.jsonl").write_text(lines(rows))
@@ -181,7 +191,7 @@ def test_resume_gives_what_one_go_gives(run, tmp_path):
         code, _, err = run(*command)
         assert code == 0 and out.read_bytes() == whole
         there = whole[:cut].count(b"\n")
-        assert f"out.jsonl has {there} rows already; going on" in err or there == 0
+        assert f"out.jsonl has {there} row{'s' * (there != 1)} already; going on" in err or there == 0
     assert "Nothing left to do: out.jsonl has 9 rows." in run(*command)[2]
 
 

@@ -28,6 +28,7 @@ from puna.progress import meter
 from puna.text import Tokenizer
 
 LONGEST = 64 << 20  # bytes of a line of input
+LONG = 1 << 20  # characters of a prompt, from which on the context is looked at before they are encoded
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
 SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 Record = dict[str, Any]
@@ -47,7 +48,7 @@ class Row:
 
 
 def run(options: GenerateOptions) -> int:
-    """Generates for every prompt. A bad row of JSONL becomes a record with an error; the run goes on."""
+    """Generates for every prompt. A bad row of JSONL becomes a record with an error, and the run ends with 0."""
     _check(options)
     jsonl = options.jsonl or (options.file or "").endswith((".jsonl", ".ndjson"))
     given = sampling(options)
@@ -77,6 +78,7 @@ def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int)
             held.append(row)
             if row.error is None:
                 try:
+                    check_length(llm, row.prompt)
                     asked[llm.submit(row.prompt, params.merged(row.options))] = row
                 except UserError as error:
                     row.error = str(error)
@@ -88,6 +90,24 @@ def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int)
         for output in llm.step():
             row = asked.pop(output.id)
             row.output, row.error = output, output.error
+
+
+def check_length(llm: LLM, prompt: Any) -> None:
+    """Raises `UserError` for text that no tokens could bring into the context, at once: to encode it takes minutes."""
+    parts = prompt if isinstance(prompt, list) else [prompt]
+    texts = (part.get("content") if isinstance(part, dict) else part for part in parts)
+    size = sum(len(text) for text in texts if isinstance(text, str))
+    if size <= LONG or llm.tokenizer is None:
+        return
+    # One more, since a space that opens a text may not come out again.
+    longest = 1 + max(
+        len(llm.tokenizer.decode([token], skip_special=False)) for token in range(llm.tokenizer.vocab_size)
+    )
+    if size > llm.max_model_len * longest:
+        raise UserError(
+            f"the prompt has {size} characters, more than the context of {llm.max_model_len} tokens can hold;"
+            " shorten it"
+        )
 
 
 def resume(path: Path, rows: Iterator[Row]) -> tuple[int, int]:
@@ -265,10 +285,10 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) ->
     done, whole = resume(options.out, rows) if options.out else (0, 0)
     first = next(rows, None)
     if first is None:
-        print(f"Nothing left to do: {options.out or 'the input'} has {done} rows.", file=sys.stderr)
+        print(f"Nothing left to do: {options.out or 'the input'} has {done} row{'s' * (done != 1)}.", file=sys.stderr)
         return
     if done:
-        print(f"{options.out} has {done} rows already; going on after them.", file=sys.stderr)
+        print(f"{options.out} has {done} row{'s' * (done != 1)} already; going on after them.", file=sys.stderr)
     llm, params = load()
     errors = 0
     to_terminal = options.out is None and sys.stdout.isatty()
@@ -287,7 +307,8 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) ->
             print(f"\n{options.out} keeps the rows so far; the same command goes on after them.", file=sys.stderr)
         raise
     if errors:
-        print(f"{errors} rows could not be answered; each has its reason in its record.", file=sys.stderr)
+        what = "1 row" if errors == 1 else f"{errors} rows"
+        print(f"{what} could not be answered, as the error in the record says.", file=sys.stderr)
 
 
 def _append(path: Path, whole: int) -> TextIO:
@@ -311,6 +332,7 @@ def _write_text(rows: Iterator[Row], options: GenerateOptions, load: Load) -> No
     llm, params = load()
     head = list(islice(rows, 2))
     if len(head) == 1 and params.n == params.num_beams == 1:
+        check_length(llm, head[0].prompt)
         for piece in llm.stream(head[0].prompt, params):
             sys.stdout.write(piece.text)
             sys.stdout.flush()

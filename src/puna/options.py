@@ -188,7 +188,8 @@ class GenerateOptions(ModelOptions, SamplingOptions):
     A JSONL row is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, with an optional "id", an
     optional "metadata" that comes out as it went in, and the row's own values for the options of how tokens are chosen.
     JSONL goes in and JSONL comes out, in the same order: {"index", "id", "choices", "usage"}, or {"index", "id",
-    "error"} for a bad row, and the rest goes on. With --out, a second run skips the rows that are already there.
+    "error"} for a bad row, and the rest goes on; that is no failure of the run. With --out, a second run skips the rows
+    that are already there.
 
     Examples:
       puna generate smollm2-135m-instruct "The capital of France is" --max-tokens 16
