@@ -85,6 +85,12 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_allocated(
     random_model(PRESETS["tiny-gqa"], torch.float32, room=needed)  # measured before the ranks began
 
 
+def test_a_gpu_has_what_is_free_and_what_torch_holds_unused(monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("mem_get_info", (1000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert room.free_bytes("cuda:0") == 1300
+
+
 def test_the_largest_llama_is_refused_at_once(machine: Path):
     with pytest.raises(UserError, match=r"take 811,706,777,600 bytes \(756.0 GiB\) of bfloat16, but cpu has"):
         LLM("llama3.1-405b", weights="random")
