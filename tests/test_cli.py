@@ -70,6 +70,7 @@ def test_version():
         (["chatt"], "puna has no verb 'chatt', did you mean 'chat'? (see puna --help)"),
         (["bench"], "puna bench needs latency or throughput as its first word (see puna bench --help)"),
         (["bench", "latncy"], "latency or throughput as its first word, did you mean 'latency'?"),
+        (["info", "m", "--bogus", "1"], "puna info has no option --bogus (see puna info --help)"),
         (["generate", "m", "--temprature", "1"], "did you mean '--temperature'?"),
     ],
 )

@@ -78,6 +78,17 @@ def test_an_alias_that_was_not_pulled_says_how(index):
         hub.resolve(NAME)
 
 
+def test_a_revision_belongs_to_a_hub_id(index, tmp_path):
+    for ask, ref in ((hub.resolve, tmp_path), (hub.resolve, NAME), (hub.pull, NAME)):
+        with pytest.raises(UserError, match="has no revisions"):
+            ask(ref, "main")
+
+
+def test_an_empty_name_is_not_this_folder():
+    with pytest.raises(UserError, match="is empty"):
+        hub.resolve("")
+
+
 def test_no_network_is_one_sentence(index):
     for wheel in index.iterdir():
         wheel.unlink()

@@ -70,10 +70,13 @@ def resolve(ref: str | Path, revision: str | None = None) -> Path:
     A Hub id is downloaded, or taken from the Hub's cache when the Hub can't be reached. Of a repository with several
     GGUF files one is named: "org/name/file.gguf". Raises `UserError` when there is no such checkpoint.
     """
-    path = Path(ref).expanduser()
+    path, name = Path(ref).expanduser(), str(ref)
+    if not name:
+        raise UserError("the name of the checkpoint is empty: give a path, a Hugging Face Hub id or an alias")
+    if revision is not None and (path.exists() or name in ALIASES):
+        raise UserError(f"{name} has no revisions, only a Hugging Face Hub id has: leave out --revision")
     if path.exists():
         return path
-    name = str(ref)
     if name in ALIASES:
         if _is_whole(file := _cached(name), ALIASES[name]):
             return file
@@ -85,7 +88,7 @@ def resolve(ref: str | Path, revision: str | None = None) -> Path:
 
 def pull(ref: str, revision: str | None = None) -> Path:
     """Fetches an alias into the cache, or a Hub id into the Hub's; at once when it is there. Returns its path."""
-    if ref not in ALIASES:
+    if ref not in ALIASES or revision is not None:
         return resolve(ref, revision)
     alias, target = ALIASES[ref], _cached(ref)
     if _is_whole(target, alias):
