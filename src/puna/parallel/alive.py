@@ -43,8 +43,11 @@ class Watch:
         self._declare(self.rank)
 
     def verdict(self) -> int | None:
-        """Which rank has ended; None when all turn out to live. Waits until that is known."""
-        self.known.wait(2 * self.lost_after)
+        """Which rank has ended; None when all turn out to live. Waits until that is known.
+
+        Under torchrun, which ends all ranks when one has ended and says which, only for a rank that has said so itself.
+        """
+        self.known.wait(3 * BEAT if "TORCHELASTIC_RUN_ID" in os.environ else 2 * self.lost_after)
         return self.lost
 
     def close(self) -> None:
@@ -87,13 +90,19 @@ class Watch:
         os._exit(1)
 
 
-def ended(rank: int) -> str:
-    return f"rank {rank} has ended, and so this one ends; its own message says why. The last checkpoint is whole."
+def ended(rank: int | None) -> str:
+    which = "another rank" if rank is None else f"rank {rank}"
+    says = "torchrun's report says which" if rank is None else "its own message says why"
+    return f"{which} has ended, and so this one ends; {says}. The last checkpoint is whole."
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether this is how a collective fails when another rank is gone."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "connection", "nccl", "broken pipe"))
-    )
+def is_lost(error: BaseException | None) -> bool:
+    """Whether this is how a collective fails when another rank is gone; a pipeline's stage wraps that once more."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "connection closed", "nccl"))
+        ):
+            return True
+        error = error.__cause__
+    return False
