@@ -264,3 +264,8 @@ def test_what_the_hub_refuses_is_one_sentence(status, code, said, tmp_path):
         answer = ask("org/name@v9", HF_ENDPOINT=address, HF_HUB_CACHE=str(tmp_path))
         server.shutdown()
     assert answer.startswith("refused:") and said in answer and "\n" not in answer
+
+
+def test_a_preset_is_told_from_a_checkpoint():
+    with pytest.raises(UserError, match="llama2-7b is a preset, not a checkpoint: add --weights random"):
+        hub.resolve("llama2-7b")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from puna.errors import UserError, nearest
+from puna.model.presets import PRESETS
 from puna.progress import meter
 
 if TYPE_CHECKING:
@@ -259,6 +260,8 @@ def wanted(repo: str, files: list[str]) -> list[str]:
 
 
 def _no_such(name: str) -> NoReturn:
+    if name in PRESETS:
+        raise UserError(f"{name} is a preset, not a checkpoint: add --weights random to time that shape")
     path = Path(name).expanduser()
     beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if hint := nearest(name, [*ALIASES, *beside]):
