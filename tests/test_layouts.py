@@ -195,6 +195,7 @@ def compare(layout, kind):
     expected, expected_before, other = reference(kind, torch.float64, STEPS)
     full = dict(layout.full_state(run.parts))
     found = {
+        "trained": [layout.trained(run.parts), other.layout.trained(other.parts)],
         "losses and norms": [told, expected],
         "evaluation": [before, expected_before],
         "weights": furthest(run, run.weights, other.weights),
@@ -314,6 +315,7 @@ def check(rank):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-9)
     assert rank["weights"][0] < 1e-9 and rank["gathered"] < 1e-9, rank
     assert not rank["not gathered"]
+    assert rank["trained"][0] == rank["trained"][1]
     found, expected = rank["float32 loss"]
     assert abs(found - expected) < 1e-5
     assert rank["float32 gradients"][0] < 1e-5, rank

@@ -271,6 +271,16 @@ class Layout:
             dist.all_reduce(total)
         return float(total.sqrt())
 
+    def trained(self, parts: list[Part]) -> int:
+        """How many numbers are trained, each counted once."""
+        mine = {name: p for name, p in self.parameters(parts).items() if p.requires_grad}
+        total = torch.tensor(0.0, dtype=torch.float64)
+        for name, parameter in mine.items():
+            total += self._share(name, parameter, parts) * local(parameter).numel()
+        if self.mesh is not None:
+            dist.all_reduce(total)
+        return round(float(total))
+
     def _share(self, name: str, parameter: nn.Parameter, parts: list[Part]) -> float:
         """One over the number of ranks that hold this same piece."""
         copies = self.options.dp_replicate

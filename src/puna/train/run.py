@@ -100,12 +100,12 @@ def _train(options: TrainOptions, layout: Layout) -> int:
     _resume(options, trainer, checkpoints)
     monitor = Monitor(options.out, options.log, steps, step=trainer.step_number, speaks=layout.is_first)
     config = to_yaml(options)
+    trained = layout.trained(parts)
     if layout.is_first:
         (options.out / "config.yaml").write_text(config, encoding="utf-8")
         shown = sum(math.prod(shape) for shape in origin.config.tensors().values())
-        trained = sum(p.numel() for p in layout.parameters(parts).values() if p.requires_grad) * layout.options.pp
         monitor.note(
-            f"{origin.name}: {shown:,} parameters, about {trained:,} trained; {steps:,} steps of"
+            f"{origin.name}: {shown:,} parameters, {trained:,} trained; {steps:,} steps of"
             f" {options.batch_size * seq_len:,} tokens; an epoch is {loader.epoch_rows:,} rows of {seq_len:,}"
         )
     try:
