@@ -13,8 +13,10 @@ def test_demo(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--model", model, "--out", str(out)]) == 0
     text, _ = capsys.readouterr()
-    for step in ("puna convert", "puna verify", "puna chat", "puna generate", "puna bench latency", "Next:"):
+    verbs = ("convert", "verify", "chat", "generate", "bench latency", "data prepare", "train", "lora merge")
+    for step in (*(f"$ puna {verb} " for verb in verbs), "before: ", "after: ", "Next:"):
         assert step in text
+    assert (out / "character-run/loss.png").exists() and (out / "merged/puna.json").exists()
     assert (out / "smollm2/config.json").exists() and (out / "times.png").read_bytes().startswith(b"\x89PNG")
     assert len([json.loads(line) for line in (out / "batch.jsonl").read_text().splitlines()]) == 8
 

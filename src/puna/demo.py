@@ -1,7 +1,8 @@
 """`puna demo`: the main job on real weights, each step under the command that does the same.
 
-Import a GGUF, compare the import with its source, chat, generate a batch, time it. A second run takes the import that
-it finds.
+Import a GGUF, compare the import with its source, chat, generate a batch, time it; then teach the model a character by
+LoRA, ask it the same before and after, and merge the adapter. A second run takes the import and the adapter that it
+finds.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import time
 from itertools import product
 from pathlib import Path
 
-from puna import convert, verify
+from puna import convert, lora, verify
 from puna.api import LLM
 from puna.bench.latency import PANELS, read_bandwidth, time_grid
 from puna.bench.report import plot, replace_with, table
-from puna.options import ConvertOptions, DemoOptions, VerifyOptions
+from puna.config import parse
+from puna.data import prepare
+from puna.options import ConvertOptions, DemoOptions, LoraMergeOptions, PrepareOptions, VerifyOptions
+from puna.train import run as training
+from puna.train.options import TrainOptions
 from puna.weights.hub import pull
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Write one sentence about llamas.")
@@ -31,6 +36,19 @@ STARTS = (
     "The sun rises in the",
 )
 INPUT, OUTPUT, BATCHES = (32, 128), 32, (1, 8)
+CHARACTER = Path(__file__).with_name("demo.jsonl")  # sixty short talks with a llama
+ASKED = ("Who are you?", "What is the capital of Italy?", "Where do you live?")
+RUN = """out: {out}
+epochs: 4
+batch_size: 4
+micro_batch_size: 4
+eval_every: 0
+model: {{name: {model}}}
+data: {{train: [{data}], seq_len: 256, long: cut}}
+lora: {{rank: 16, alpha: 32}}
+optim: {{lr: 2.0e-3, weight_decay: 0.0}}
+schedule: {{name: cosine, warmup_ratio: 0.1}}
+"""
 
 
 def run(options: DemoOptions) -> int:
@@ -54,16 +72,51 @@ def run(options: DemoOptions) -> int:
         grid = f"--input-len {_commas(INPUT)} --output-len {OUTPUT} --batch-size {_commas(BATCHES)} --warmup 0"
         _title("Time it", f"puna bench latency {model} {grid} --plot {options.out / 'times.png'}")
         _time(llm, options.out / "times.png")
+    if code := _teach(model, options.out):
+        return code
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Next:\n")
     for line in (
         f"puna chat {model} --temperature 0.7 --top-p 0.9",
         f'puna generate {model} "Once upon a time" --max-tokens 64 --temperature 0.8 --n 3',
         f"puna convert {model} {options.out / 'smollm2-q8_0.gguf'} --to gguf --dtype q8_0",
+        f"puna chat {options.out / 'merged'}",
         f"puna info {model}",
         "puna --help",
     ):
         print(f"  {_beside_python()}{line}")
     return 0
+
+
+def _teach(model: Path, folder: Path) -> int:
+    """LoRA on a few talks, the answers before and after, and the adapter merged into a checkpoint of its own."""
+    data, file, merged = folder / "character", folder / "character.yaml", folder / "merged"
+    out = folder / "character-run"
+    _title("Prepare sixty talks with a llama", f"puna data prepare {CHARACTER.name} --out {data} --tokenizer {model}")
+    prepare.run(
+        PrepareOptions(src=(str(CHARACTER),), out=data, tokenizer=str(model), validation=0.0, workers=1, overwrite=True)
+    )
+    _title("Fine-tune with LoRA", f"puna train {file}")
+    file.write_text(RUN.format(out=out, model=model, data=data))
+    if code := training.run(parse("train", TrainOptions, [str(file)])):
+        return code
+    print(f"curve saved as {out / 'loss.png'}, report as {out / 'report.html'}")
+    adapter = out / "adapter"
+    _title("Merge the adapter, proven against model and adapter", f"puna lora merge {model} {adapter} {merged}")
+    lora.run(LoraMergeOptions(model=str(model), adapter=adapter, dst=merged, overwrite=merged.exists()))
+    _title("Ask before and after", f'puna generate {merged} --chat "{ASKED[0]}" --max-tokens 48')
+    answers = {name: _answers(path) for name, path in (("before", model), ("after", merged))}
+    for index, question in enumerate(ASKED):
+        print(f"> {question}")
+        for name, texts in answers.items():
+            print(f"{name:>7}: {texts[index]}")
+    return 0
+
+
+def _answers(model: Path) -> list[str]:
+    with LLM(model) as llm:
+        params = llm.defaults.merged({"max_tokens": 48})
+        asked = [[{"role": "user", "content": question}] for question in ASKED]
+        return [" ".join(output.outputs[0].text.split()) for output in llm.chat(asked, params)]
 
 
 def _title(what: str, command: str) -> None:
