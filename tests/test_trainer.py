@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from launching import launch
 from puna.config import parse
 from puna.data.loader import PackedLoader, collate
 from puna.data.store import StoreWriter, open_dataset
@@ -385,6 +386,43 @@ def test_killed_at_random_moments_also_while_saving(stores, whole_run, tmp_path)
     assert losses(out) == losses(whole_run)
     assert (out / "model/model.safetensors").read_bytes() == (whole_run / "model/model.safetensors").read_bytes()
     assert not list(out.glob("checkpoints/.*"))
+
+
+@pytest.mark.slow
+def test_going_on_with_other_ranks_and_another_layout(stores, tmp_path):
+    """One process; two data ranks; from their middle on two tensor ranks, and in one process: the same losses."""
+    given = {"steps": 6, "batch_size": 4, "precision": "fp64", "checkpoint.keep": 9, "model.vocab_size": VOCAB + 1,
+             "eval_every": 2}  # fmt: skip
+    assert start(stores, tmp_path / "one", **given) == 0
+    expected = read_metrics(tmp_path / "one")
+
+    def agrees(out):
+        found = read_metrics(out)
+        assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+        for mine, theirs in zip(found, expected, strict=True):
+            for name in ("loss", "grad_norm", "validation_loss", "tokens"):
+                assert mine.get(name, 0) == pytest.approx(theirs.get(name, 0), abs=1e-9, rel=1e-9), mine["step"]
+
+    def forget_the_end(out):
+        (out / "checkpoints/step-00000006/manifest.json").unlink()
+
+    def with_two(**mesh):
+        ranks = launch(2, "-m", "puna", "train", *words(stores, out, **given, **mesh))
+        assert [rank.code for rank in ranks] == [0, 0], ranks[0].err
+        assert not ranks[1].err
+
+    out = tmp_path / "two"
+    with_two()
+    agrees(out)
+    forget_the_end(out)
+    with_two(**{"mesh.tp": 2})
+    agrees(out)
+    forget_the_end(out)
+    assert start(stores, out, **given) == 0
+    agrees(out)
+    one, two = (open_source(path / "model") for path in (tmp_path / "one", out))
+    for name in one.tensors:
+        torch.testing.assert_close(two.read(name), one.read(name), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
