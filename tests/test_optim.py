@@ -133,6 +133,11 @@ def test_a_missing_library_is_named(monkeypatch):
         make_optimizer(dict(tiny().named_parameters()), OptimOptions(name="adamw8bit"))
 
 
+def test_8_bit_averages_are_of_one_process():
+    with pytest.raises(UserError, match="adamw8bit keeps its averages in blocks"):
+        check_optim(OptimOptions(name="adamw8bit"), ranks=2)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"lr": 0.0}, {"eps": 0.0}, {"clip": -1.0},
               {"state": "bf16", "name": "adafactor"}],

@@ -16,8 +16,13 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
-def check_optim(options: OptimOptions) -> None:
-    """Raises UserError for values that no optimizer can have."""
+def check_optim(options: OptimOptions, ranks: int = 1) -> None:
+    """Raises UserError for values that no optimizer can have, and for one that `ranks` processes can't share."""
+    if options.name == "adamw8bit" and ranks > 1:
+        raise UserError(
+            "optim.name adamw8bit keeps its averages in blocks that can't be cut again: use it on one device, or"
+            " optim.state bf16 on several"
+        )
     betas = options.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"optim.betas takes two numbers from 0 to below 1, as in 0.9,0.95, not {betas}.")
@@ -61,6 +66,29 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimOptions
     if state != dtype:
         return AdamWOwnState(groups, state, **adam)
     return torch.optim.AdamW(groups, **adam, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step, a number would be a constant of it
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def for_disk(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with 8-bit averages as the plain tensors that they consist of, in the same memory.
+
+    torch.distributed.checkpoint knows no such type; what it loads into these tensors is in the averages too.
+    """
+    optimizer: dict[str, Any] = {}
+    for name, value in state["optimizer"].items():
+        if type(value).__name__ == "OptimState8bit":
+            optimizer |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
+        else:
+            optimizer[name] = value
+    return state | {"optimizer": optimizer}
 
 
 class AdamWOwnState(torch.optim.AdamW):

@@ -77,6 +77,7 @@ def check(options: TrainOptions) -> None:
 
 
 def _train(options: TrainOptions, layout: Layout) -> int:
+    check_optim(options.optim, layout.size)
     origin, source = _origin(options)
     seq_len = options.data.seq_len
     if seq_len > origin.config.max_position_embeddings:

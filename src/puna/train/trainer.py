@@ -30,6 +30,7 @@ from puna.train.checkpoint import Checkpoints, Saved
 from puna.train.flops import flops_per_token, peak_tflops, published_flops_per_token
 from puna.train.loss import VocabPart, chunked_loss
 from puna.train.monitor import Metrics, Monitor
+from puna.train.optim import for_disk, set_rate
 from puna.train.options import TrainOptions
 from puna.train.schedule import learning_rate
 
@@ -112,8 +113,7 @@ class Trainer:
             clip = self.options.optim.clip
             factor = min(1.0, clip / norm) if clip and norm else 1.0
             self.layout.scale_grads(self.parts, factor / (tokens * self.scale))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
@@ -185,7 +185,7 @@ class Trainer:
             "seed": self.options.seed,
             **self.facts(),
         }
-        checkpoints.save(self.step_number, get_state(self.parts, self.optimizer), facts)
+        checkpoints.save(self.step_number, for_disk(get_state(self.parts, self.optimizer)), facts)
 
     def resume(self, checkpoints: Checkpoints, saved: Saved) -> None:
         """Go on from a checkpoint. Raises UserError when it is one of another model or other data."""
@@ -198,7 +198,7 @@ class Trainer:
                 )
         self.loader.load_state_dict(saved.facts["data"])
         state = get_state(self.parts, self.optimizer)
-        checkpoints.load(saved, state)
+        checkpoints.load(saved, for_disk(state))
         set_state(self.parts, self.optimizer, state)
         self.step_number, self.tokens = saved.step, saved.facts["tokens"]
         self.scale, self.good = saved.facts["scale"], saved.facts["good"]
