@@ -207,7 +207,8 @@ def main() -> None:
         if not options.ours:
             mine, other = found["puna"], found["transformers"]
             speed = mine["tokens_per_second"] / other["tokens_per_second"]
-            print(f"{method:5} puna / transformers: {speed:.2f}x tokens/s, {mine['peak_gb'] / other['peak_gb']:.2f}x memory")
+            memory = mine["peak_gb"] / other["peak_gb"]
+            print(f"{method:5} puna / transformers: {speed:.2f}x tokens/s, {memory:.2f}x memory")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
