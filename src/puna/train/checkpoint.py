@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from puna.errors import UserError
 from puna.train.stored import load_state
+from puna.weights.staging import sync
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
@@ -187,7 +188,7 @@ class Checkpoints:
         if path.exists():
             self._remove(path)
         hidden.rename(path)
-        _sync(self.folder)
+        sync(self.folder)
         newest = sorted(self._whole(), key=lambda saved: -saved.step)
         best = self.best()
         for saved in newest[self.keep :]:
@@ -284,13 +285,3 @@ def _name(step: int) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows opens no directories
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -45,7 +45,7 @@ def staged(dst: Path, overwrite: bool = False) -> Iterator[Path]:
         yield stage / final.name
         for folder, _, files in os.walk(stage, topdown=False):
             for name in (*files, "."):
-                _sync(Path(folder, name))
+                sync(Path(folder, name))
         _publish(stage, final)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -72,10 +72,10 @@ def _publish(stage: Path, final: Path) -> None:
             for source_before, target_before in reversed(moves[:done]):
                 target_before.rename(source_before)
             raise
-    _sync(final.parent)
+    sync(final.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Makes sure that a file or directory is on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no directories
