@@ -11,6 +11,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is slow, and that is not a fault of what is tested.
+settings.register_profile("puna", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("puna")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

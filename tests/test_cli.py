@@ -1,13 +1,13 @@
-"""The command line as a whole: quick help without torch, exit codes, one sentence and never a traceback."""
+"""The command line as a whole: help without torch, exit codes, one sentence and never a traceback."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
+from launching import SECONDS
 from puna import cli
 from puna.errors import UserError
 
@@ -15,7 +15,7 @@ PUNA = [sys.executable, "-m", "puna"]
 
 
 def puna(*words, **kw):
-    return subprocess.run([*PUNA, *words], capture_output=True, text=True, timeout=120, **kw)
+    return subprocess.run([*PUNA, *words], capture_output=True, text=True, timeout=SECONDS, **kw)
 
 
 @pytest.fixture
@@ -35,21 +35,14 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("verb", [(), *((*verb.split(),) for verb in cli.VERBS), ("bench",)])
-def test_help_is_quick_and_imports_no_torch(verb):
+def test_help_imports_no_torch(verb):
     code = (
         "import sys; from puna.cli import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'numpy', 'rich', 'tokenizers'} & set(sys.modules);"
         "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
     )
-    best = 9.0
-    for _ in range(3):  # the quickest of three: a busy machine is not the verb's fault
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *verb, "--help"], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        if best < 0.5:
-            break
-    assert best < 0.5
+    done = subprocess.run([sys.executable, "-c", code, *verb, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: puna") and not done.stderr
     if verb not in ((), ("bench",)):
         assert "Examples:\n  puna " + " ".join(verb) in done.stdout
@@ -147,12 +140,14 @@ def test_only_the_first_rank_speaks():
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["importing", "generating"])
 def test_ctrl_c_in_a_process(tiny_checkpoint, when):
-    command = [*PUNA, "generate", str(tiny_checkpoint(max_position_embeddings=8192)), "x", "--max-tokens", "8000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    python = [sys.executable, *(("-X", "importtime") if when == "importing" else ())]
+    words = ["generate", str(tiny_checkpoint(max_position_embeddings=8192)), "x", "--max-tokens", "8000"]
+    process = subprocess.Popen([*python, "-m", "puna", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if when == "importing":
-        time.sleep(0.4)
+        while b" torch." not in process.stderr.readline():  # the first of torch's modules, a second before the last
+            assert process.poll() is None
     else:
         assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and err.decode().endswith("puna: stopped\n") and b"Traceback" not in err

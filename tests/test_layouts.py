@@ -301,7 +301,7 @@ def launched(tmp_path_factory, size, names, pairs, seconds):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """What each rank of a world size found, in a launch when it is first asked for."""
-    return functools.cache(lambda size: launched(tmp_path_factory, size, QUICK[size], RESUMED.get(size, []), 300))
+    return functools.cache(lambda size: launched(tmp_path_factory, size, QUICK[size], RESUMED.get(size, []), 900))
 
 
 @pytest.fixture(scope="module")

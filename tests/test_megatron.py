@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launching import SECONDS
 from puna.build import load_model
 from puna.cli import main
 from puna.convert import convert
@@ -456,7 +457,7 @@ def test_megatron_core_computes_the_same(model, tiny_checkpoint, tmp_path):
     source = tiny_checkpoint(**MODELS[model])
     convert(source, tmp_path / "mg", "megatron", names="core")
     script = Path(__file__).with_name("megatron_core.py")
-    subprocess.run([sys.executable, script, tmp_path / "mg", tmp_path / "logits.pt"], check=True, timeout=120)
+    subprocess.run([sys.executable, script, tmp_path / "mg", tmp_path / "logits.pt"], check=True, timeout=SECONDS)
     ids = torch.randint(380, (2, 11), generator=torch.Generator().manual_seed(0))
     with open_source(source) as opened, torch.inference_mode():
         ours = load_model(opened, torch.float32)

@@ -1,13 +1,14 @@
 """What is shown and written of a run: metrics, spikes, stalls, TensorBoard; and the arithmetic behind its figures."""
 
 import json
-import time
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from launching import SECONDS
 from puna.errors import UserError
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
@@ -48,14 +49,20 @@ def test_a_spike_is_named_with_its_samples(tmp_path, capsys):
 
 
 def test_a_stall_is_named_while_it_lasts(tmp_path, capsys):
-    monitor = opened(tmp_path, stall=0.05)
+    monitor, said = opened(tmp_path, stall=0.05), ""
     with monitor.watch(3, "data 5, 6"):
-        time.sleep(0.2)
-        assert "step 3 has taken 0.05 s and goes on; its samples: data 5, 6" in capsys.readouterr().err
+        while not said:
+            said = capsys.readouterr().err
+    assert "step 3 has taken 0.05 s and goes on; its samples: data 5, 6" in said
+    monitor.close()
+
+
+def test_a_step_in_time_is_not_named(tmp_path, capsys):
+    monitor = opened(tmp_path, stall=3600)
     with monitor.watch(4, "data 7"):
-        pass
-    time.sleep(0.1)
-    assert not capsys.readouterr().err
+        (timer,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+    timer.join(SECONDS)
+    assert not timer.is_alive() and not capsys.readouterr().err
     monitor.close()
 
 

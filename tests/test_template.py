@@ -336,14 +336,15 @@ GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(80) %%}%s{%% endfor %
 )
 def test_a_template_that_runs_wild_is_stopped(monkeypatch, source):
     monkeypatch.setattr(template, "MAX_SECONDS", 0.5)
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(UserError):
         says(source)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 20  # what a single step of a template may cost at most, with a wide margin
 
 
 @pytest.mark.parametrize("last", ["list | length", "batch(9) | list", "join"])
-def test_what_comes_one_by_one_is_bounded_before_it_is_collected(last):
+def test_what_comes_one_by_one_is_bounded_before_it_is_collected(monkeypatch, last):
+    monkeypatch.setattr(template, "MAX_SECONDS", 1e9)  # its size stops it, however slow the machine is
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match="builds more than"):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from launching import SECONDS
 from puna.cli import main
 from puna.config import parse
 from puna.options import LaunchOptions
@@ -66,5 +67,5 @@ def test_refusals(words, says, capsys):
 @pytest.mark.slow
 def test_two_ranks_run_and_their_exit_code_comes_back(tmp_path):
     command = [sys.executable, "-m", "puna", "launch", "--nproc", "2", "train", "--out", str(tmp_path / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode != 0 and done.stderr.count("puna train needs --model.name") >= 1

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from launching import launch
+from launching import SECONDS, launch
 from puna.config import parse
 from puna.data.loader import PackedLoader, collate
 from puna.data.store import StoreWriter, open_dataset
@@ -364,14 +364,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(stores, tmp_path, number):
     process = launch_run(stores, out, steps=100000, eval_every=0)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) > 4, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 128 + number, said
     done = max(losses(out))
     assert f"stopped after step {done} of 100000, which is saved" in said
     assert (out / f"checkpoints/step-{done:08d}/manifest.json").exists()
 
 
-def wait_for(done, process, seconds=90):
+def wait_for(done, process, seconds=SECONDS):
     end = time.monotonic() + seconds
     while not done():
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
@@ -396,7 +396,7 @@ def test_killed_at_random_moments_also_while_saving(stores, whole_run, tmp_path)
         process.communicate()
         kills += 1
     process = launch_run(stores, out, **{"checkpoint.every": 1, "checkpoint.keep": 1})
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     assert losses(out) == losses(whole_run)
     assert (out / "model/model.safetensors").read_bytes() == (whole_run / "model/model.safetensors").read_bytes()

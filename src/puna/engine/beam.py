@@ -1,7 +1,7 @@
 """Beam search over one prompt as a pure state: logits in, (parent, token) out; whoever runs the model forks its cache.
 
-It is transformers' `_beam_search` (version 5) at batch 1, to the token: the same float32 arithmetic on tensors of the
-same shape, so that ties and additions to -1e9 fall alike, and for beam sampling the same draws from a CPU generator
+It is transformers' `_beam_search` (version 5.24) at batch 1, to the token: the same float32 arithmetic on tensors of
+the same shape, so that ties and additions to -1e9 fall alike, and for beam sampling the same draws from a CPU generator
 with the same seed. It works in float32 whatever the logits are, as transformers does.
 """
 
@@ -96,7 +96,11 @@ class BeamSearch:
             scores, index = total.topk(count)
         else:  # drawn on the CPU, so that a seed means the same everywhere
             index = total.softmax(-1).cpu().multinomial(count, generator=self._generator).to(total.device)
-            scores = total.gather(1, index)
+            # Draws come in random order, but only the first num_beams candidates may finish a hypothesis. So they are
+            # sorted by score, as in transformers since 5.24 (up to 5.23, the order of the draws decided). A stable sort
+            # breaks ties alike on every device; on CPUs, torch's sort is always stable.
+            scores, order = total.gather(1, index).sort(dim=1, descending=True, stable=True)
+            index = index.gather(1, order)
         chosen = logprobs.expand(self.params.num_beams, -1).reshape(1, -1).gather(1, index)
         found = torch.cat([index.double(), scores.double(), chosen.double()]).cpu()
         return found[0].long().tolist(), found[1].float(), found[2].tolist()

@@ -1,8 +1,8 @@
 """Chat templates: Jinja programs that come with a checkpoint, so they are untrusted and run in a bounded sandbox.
 
 The environment is that of transformers (5.x, `chat_template_utils`), so that the same template gives the same text. On
-top come bounds: the size of the source, the time that it runs, and the size of every text or list that it builds on the
-way. A template can neither reach Python nor keep the process busy or fill its memory.
+top come bounds: the size of the source, the CPU time that it takes, and the size of every text or list that it builds
+on the way. A template can neither reach Python nor keep the process busy or fill its memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jinja2.utils import Namespace
 from puna.errors import UserError, nearest
 
 MAX_SOURCE = 1 << 18  # characters; the longest templates in use have about 20,000
-MAX_SECONDS = 5.0  # a long conversation takes some milliseconds
+MAX_SECONDS = 5.0  # of CPU time, so that a busy machine refuses nothing; a long conversation takes some milliseconds
 MAX_TEXT = 16_000_000  # characters of a text, or of everything in a list
 MAX_PRODUCT = 250_000_000  # characters that one call could make at most, judged before it runs
 MAX_DATE = 200  # characters of a date's format; strftime takes its time over long ones
@@ -119,11 +119,11 @@ class _Clock:
     """A trace function that stops a template when its time is up. Jinja has no other hook that every loop passes."""
 
     def __init__(self) -> None:
-        self.end = time.monotonic() + MAX_SECONDS
+        self.end = time.thread_time() + MAX_SECONDS
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> _Clock | None:
-        if time.monotonic() > self.end:
-            raise SecurityError(f"it runs for more than {MAX_SECONDS:g} seconds")
+        if time.thread_time() > self.end:
+            raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds of CPU time")
         return self if frame.f_code.co_filename == "<template>" else None
 
 
