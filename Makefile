@@ -6,6 +6,7 @@
 VENV  := .venv
 PY    := $(VENV)/bin/python
 MODEL := smollm2-135m-instruct
+CONSTRAINTS := .ci/constraints.txt
 TESTS := $(PY) -m pytest -n auto --dist loadfile
 
 .PHONY: help demo test check test-all lint clean
@@ -45,9 +46,9 @@ $(VENV)/.run: pyproject.toml | $(VENV)/.made
 	@$(PY) -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.made
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
 	@echo "Installing puna with its test tools into $(VENV) (torch is large: minutes the first time) ..."
-	@$(PY) -m pip install --quiet --editable ".[dev]"
+	@$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.made:
