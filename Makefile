@@ -9,7 +9,7 @@ MODEL := smollm2-135m-instruct
 CONSTRAINTS := .ci/constraints.txt
 TESTS := $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: help demo test check test-all lint clean
+.PHONY: help demo test check test-all lint docs clean
 
 help:
 	@echo "make demo      set up, fetch SmolLM2-135M-Instruct and run the main job on it (about a minute after setup)"
@@ -17,6 +17,7 @@ help:
 	@echo "make check     lint, types and the quick tests (under 2 minutes)"
 	@echo "make test-all  the full product of cases"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      build the documentation into site/, every link checked"
 	@echo "make clean     remove .venv and caches"
 
 demo: $(VENV)/.run
@@ -37,8 +38,12 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The variable silences mkdocs-material's advertisement of its successor.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A stamp older than pyproject.toml is stale. The install is editable, so that changes of the source need none.
 $(VENV)/.run: pyproject.toml | $(VENV)/.made
@@ -49,6 +54,11 @@ $(VENV)/.run: pyproject.toml | $(VENV)/.made
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
 	@echo "Installing puna with its test tools into $(VENV) (torch is large: minutes the first time) ..."
 	@$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
+	@echo "Installing puna with its documentation tools into $(VENV) (torch is large: minutes the first time) ..."
+	@$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.made:

@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -49,6 +50,13 @@ def test_dependencies_are_what_the_sources_import():
 
 def test_the_package_is_typed():
     assert (ROOT / "src/puna/py.typed").exists()
+
+
+def test_the_site_has_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    listed = re.findall(r"[\w-]+\.md", yaml.safe_dump(site["nav"]))
+    outside = ["index.md", "contributing.md", "changelog.md", "security.md"]  # from the repository's root, by the hook
+    assert sorted(listed) == sorted([*outside, *(page.name for page in (ROOT / "docs").glob("*.md"))])
 
 
 def test_reference_pages_name_what_exists():
