@@ -87,7 +87,7 @@ def transformers(directory: Path | None) -> Peer:
 def llama_cpp(directory: Path, rows: int, length: int) -> Peer:
     import llama_cpp
 
-    from puna.convert import convert
+    from puna.weights.convert import convert
 
     file = directory.parent / "model.gguf"
     convert(str(directory), file, to="gguf", dtype="bfloat16", prove=False)
@@ -170,7 +170,7 @@ def main() -> None:
         if options.model in PRESETS:
             config = PRESETS[options.model]
         else:
-            from puna.convert import convert
+            from puna.weights.convert import convert
 
             directory = Path(folder) / "model"
             convert(options.model, directory, to="hf", dtype="bfloat16", prove=False)

@@ -47,30 +47,30 @@ def ours(method: str) -> Any:
     import numpy as np
     import torch
 
-    from puna.build import random_reader
+    from puna.commands.train import TYPES
     from puna.data.loader import Packed
     from puna.model.llama import Llama
     from puna.model.lora import LoraOptions, add_lora, initial
     from puna.model.presets import PRESETS
-    from puna.parallel.layout import Layout
+    from puna.model_loader import random_reader
+    from puna.parallel.strategy import ParallelStrategy
     from puna.train.optim import make_optimizer
     from puna.train.options import OptimOptions, TrainDataOptions, TrainModelOptions, TrainOptions
-    from puna.train.run import TYPES
     from puna.train.trainer import Trainer
 
     config = PRESETS[options.model]
-    layout = Layout.single(options.device)
+    strategy = ParallelStrategy.single(options.device)
     with torch.device("meta"):
         model = Llama(config)
     if method == "lora":
         add_lora(model, LoraOptions(rank=RANK, alpha=32, targets=tuple(TARGETS)))
     dtype, compute = TYPES[options.precision]
-    parts = layout.prepare(
+    parts = strategy.prepare(
         model, dtype=dtype, compute_dtype=compute, recompute_blocks=options.recompute, compile_blocks=options.compile
     )
-    shapes = {name: tuple(p.shape) for name, p in layout.parameters(parts).items()}
+    shapes = {name: tuple(p.shape) for name, p in strategy.parameters(parts).items()}
     read = random_reader(config, torch.float32, options.device)
-    layout.load(
+    strategy.load(
         parts,
         lambda name, index: initial(name, shapes[name], 0)[index] if ".adapter." in name else read(name, index),
     )
@@ -99,8 +99,8 @@ def ours(method: str) -> Any:
         micro_batch_size=options.rows,
         precision=options.precision,
     )
-    optimizer = make_optimizer(layout.parameters(parts), settings.optim)
-    trainer = Trainer(settings, config, layout, parts, optimizer, Rows(), steps=1000)  # type: ignore[arg-type]
+    optimizer = make_optimizer(strategy.parameters(parts), settings.optim)
+    trainer = Trainer(settings, config, strategy, parts, optimizer, Rows(), steps=1000)  # type: ignore[arg-type]
     trainer.names = lambda *_: ""  # type: ignore[method-assign]
     return lambda: trainer.step(Quiet())["loss"]  # type: ignore[arg-type]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from puna.build import load_model
-from puna.model.attend import causal
-from puna.parallel.tensor import TensorParallel
+from puna.model.attention import causal
+from puna.model_loader import load_model
+from puna.parallel.tp_inference import TensorParallel
+from puna.weights.adapter import read_adapter
+from puna.weights.checkpoint import open_checkpoint
 from puna.weights.merge import merge
-from puna.weights.peft import read_adapter
-from puna.weights.source import open_source
 
 IDS = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(5))
 
@@ -26,7 +26,7 @@ def work(base, *adapters):
     """Leaves beside each adapter the logits of the split model, unmerged and merged, in float64."""
     dist.init_process_group("gloo")
     tp = TensorParallel(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, dist.group.WORLD)
-    with open_source(base) as source:
+    with open_checkpoint(base) as source:
         for folder in map(Path, adapters):
             adapter = read_adapter(folder)
             apart = load_model(source, torch.float64, tp=tp, adapter=adapter, fast=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from puna import LLM, SamplingParams
-from puna.engine.blocks import BlockPool
+from puna.engine.block_pool import BlockPool
 from puna.engine.engine import Engine
-from puna.engine.limits import Limits
-from puna.engine.output import Completion
+from puna.engine.outputs import Completion
 from puna.engine.runner import EagerRunner
+from puna.engine.validation import RequestValidator
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def alone(llm: LLM, prompts: list[list[int]]) -> list[Completion]:
 
 def engine(llm: LLM, tokens: int = 4096, batch_tokens: int = 2048, caching: bool = False) -> Engine:
     """Another engine around the same weights."""
-    limits = Limits(llm.config.vocab_size, llm.max_model_len, batch_tokens, 64)
+    limits = RequestValidator(llm.config.vocab_size, llm.max_model_len, batch_tokens, 64)
     pool = BlockPool(tokens // 16, 16, prefix_caching=caching)
     assert llm.tokenizer is not None
     return Engine(EagerRunner(llm.model, tokens // 16), pool, limits, llm.tokenizer, stop_ids=llm.tokenizer.stop_ids)

@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from puna.api import LLM, load, pipeline
-    from puna.engine.output import Completion, RequestOutput
-    from puna.engine.params import SamplingParams
+    from puna.engine.outputs import Completion, RequestOutput
+    from puna.engine.sampling_params import SamplingParams
     from puna.errors import UserError
+    from puna.llm import LLM, load, pipeline
     from puna.model.config import ModelConfig
-    from puna.text import Tokenizer
+    from puna.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LLM": "puna.api",
-    "load": "puna.api",
-    "pipeline": "puna.api",
-    "Completion": "puna.engine.output",
-    "RequestOutput": "puna.engine.output",
-    "SamplingParams": "puna.engine.params",
+    "LLM": "puna.llm",
+    "load": "puna.llm",
+    "pipeline": "puna.llm",
+    "Completion": "puna.engine.outputs",
+    "RequestOutput": "puna.engine.outputs",
+    "SamplingParams": "puna.engine.sampling_params",
     "UserError": "puna.errors",
     "ModelConfig": "puna.model.config",
-    "Tokenizer": "puna.text",
+    "Tokenizer": "puna.tokenizer",
 }
 
 

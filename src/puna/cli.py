@@ -1,7 +1,7 @@
 """`puna VERB`: finds the verb's function, and turns whatever happens into one sentence and an exit code.
 
 0 done, 2 the user can put it right, 1 a defect of puna, 130 Ctrl-C. No --help imports torch: options live in
-`puna.options`, the functions are imported when they are called.
+`puna.option_sets`, the functions are imported when they are called.
 """
 
 from __future__ import annotations
@@ -17,28 +17,40 @@ from importlib import import_module
 from io import TextIOWrapper
 from typing import Any
 
-from puna import __version__, config, options
+from puna import __version__, option_sets, options
 from puna.errors import UserError, nearest
 from puna.train import options as train_options
 
 # verb -> (its options, where its function is, what it does)
 VERBS: dict[str, tuple[type, str, str]] = {
-    "pull": (options.PullOptions, "puna.weights.hub:run", "fetch a model into the local cache"),
-    "info": (options.InfoOptions, "puna.info:run", "say what a checkpoint is"),
-    "convert": (options.ConvertOptions, "puna.convert:run", "turn a checkpoint into another format, and prove it"),
-    "lora merge": (options.LoraMergeOptions, "puna.lora:run", "merge a LoRA adapter into its model, and prove it"),
-    "verify": (options.VerifyOptions, "puna.verify:run", "compare two checkpoints of any format"),
-    "chat": (options.ChatOptions, "puna.chat:run", "talk with a model"),
-    "generate": (options.GenerateOptions, "puna.generate:run", "complete one prompt or thousands"),
-    "bench latency": (options.LatencyOptions, "puna.bench.latency:run", "time prefill and decode"),
-    "bench throughput": (options.ThroughputOptions, "puna.bench.throughput:run", "time a queue of requests"),
-    "train": (train_options.TrainOptions, "puna.train.run:run", "train a model, in full or with LoRA"),
-    "data prepare": (options.PrepareOptions, "puna.data.prepare:run", "turn raw files into token data"),
-    "data show": (options.ShowOptions, "puna.data.show:run", "print samples, what is trained in colour"),
-    "data stats": (options.StatsOptions, "puna.data.stats:run", "totals and lengths of token data"),
-    "launch": (options.LaunchOptions, "puna.train.launch:run", "run a verb on several devices or machines"),
-    "doctor loss": (options.DoctorLossOptions, "puna.doctor:loss", "compare the losses of two runs"),
-    "demo": (options.DemoOptions, "puna.demo:run", "the main job on real weights, in about a minute"),
+    "pull": (option_sets.PullOptions, "puna.weights.hub:run", "fetch a model into the local cache"),
+    "info": (option_sets.InfoOptions, "puna.commands.info:run", "say what a checkpoint is"),
+    "convert": (
+        option_sets.ConvertOptions,
+        "puna.weights.convert:run",
+        "turn a checkpoint into another format, and prove it",
+    ),
+    "lora merge": (
+        option_sets.LoraMergeOptions,
+        "puna.commands.lora_merge:run",
+        "merge a LoRA adapter into its model, and prove it",
+    ),
+    "verify": (option_sets.VerifyOptions, "puna.commands.verify:run", "compare two checkpoints of any format"),
+    "chat": (option_sets.ChatOptions, "puna.commands.chat:run", "talk with a model"),
+    "generate": (option_sets.GenerateOptions, "puna.commands.generate:run", "complete one prompt or thousands"),
+    "bench latency": (option_sets.LatencyOptions, "puna.commands.bench_latency:run", "time prefill and decode"),
+    "bench throughput": (
+        option_sets.ThroughputOptions,
+        "puna.commands.bench_throughput:run",
+        "time a queue of requests",
+    ),
+    "train": (train_options.TrainOptions, "puna.commands.train:run", "train a model, in full or with LoRA"),
+    "data prepare": (option_sets.PrepareOptions, "puna.data.prepare:run", "turn raw files into token data"),
+    "data show": (option_sets.ShowOptions, "puna.commands.data_show:run", "print samples, what is trained in colour"),
+    "data stats": (option_sets.StatsOptions, "puna.commands.data_stats:run", "totals and lengths of token data"),
+    "launch": (option_sets.LaunchOptions, "puna.commands.launch:run", "run a verb on several devices or machines"),
+    "doctor loss": (option_sets.DoctorLossOptions, "puna.commands.doctor_loss:loss", "compare the losses of two runs"),
+    "demo": (option_sets.DemoOptions, "puna.commands.demo:run", "the main job on real weights, in about a minute"),
 }
 HELP = ("-h", "--help", "help")
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -113,7 +125,7 @@ def _run(words: list[str]) -> int:
         raise UserError(f"puna has no verb {verb!r}{nearest(verb, VERBS)} (see puna --help)")
     kind, place, _ = VERBS[verb]
     try:
-        chosen: Any = config.parse(verb, kind, rest)
+        chosen: Any = options.parse(verb, kind, rest)
     except SystemExit:  # --help and --print-config have printed what was asked for
         return 0
     module, name = place.split(":")

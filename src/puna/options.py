@@ -1,390 +1,362 @@
-"""The command line's vocabulary: every verb's options, one name and one meaning for all verbs. Imports no torch."""
+"""Dataclass <-> YAML <-> command line: one table of options behind all three.
+
+A verb's options are a keyword-only dataclass whose fields are made by `argument` (positional) and `option`. The same
+names work as `--max-tokens 8`, as `--max_tokens 8` and as `max_tokens: 8` in a YAML file; the command line beats the
+file, the later of two files beats the earlier. A field made by `group` holds a dataclass of its own: `--optim.lr 1e-5`,
+and in YAML a mapping. Whatever is wrong is one `UserError` sentence that names the nearest known option.
+
+Plain Python rather than a parser library: positionals between options, a leading YAML file, nearest names and
+one-sentence errors would each have to be patched into one, and --help must start in a blink.
+"""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+import copy
+import dataclasses
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import fill, indent
+from typing import Any, Literal, TypeVar, Union
 
-from puna.config import argument, option
+import yaml
 
-MODEL = "path, Hugging Face id (org/name) or alias (smollm2-135m-instruct) of a checkpoint"
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+from puna.errors import UserError, nearest
 
-
-@dataclass(kw_only=True)
-class ModelOptions:
-    """How the model is loaded."""
-
-    model: str = argument(MODEL)
-    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU when there is one")
-    dtype: Dtype = option("auto", "data type of the weights in memory; auto is the checkpoint's own")
-    weights: Literal["auto", "random"] = option("auto", "random: no weights are read, to time any size")
-    adapter: Path | None = option(None, "directory of a LoRA adapter in peft's layout, merged into the weights at load")
-    template: str | None = option(
-        None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
-    )
-    max_model_len: int | None = option(None, "longest prompt plus answer, in tokens; the config's own when not given")
-    kv_tokens: int | None = option(None, "tokens that the KV cache holds; sized from free memory when not given")
-    max_batch_tokens: int = option(2048, "tokens computed in one step, prompts and answers together")
-    max_num_seqs: int = option(256, "sequences that run at once")
+T = TypeVar("T")
+OPTION = re.compile(
+    r"(--?[A-Za-z][\w-]*|--[A-Za-z][\w.-]*)(=.*)?", re.DOTALL
+)  # "-", "-1.5" and "- a list" are arguments, not options
+WIDTH = 100
 
 
-@dataclass(kw_only=True)
-class SamplingOptions:
-    """How tokens are chosen. What is not given comes from generation_config.json, else greedy."""
+def argument(help: str, default: Any = MISSING, *, rest: bool = False) -> Any:
+    """A positional field; required without a default. A `tuple[str, ...]` takes all that remain.
 
-    max_tokens: int | None = option(None, "most tokens in an answer; up to the context when not given")
-    min_tokens: int | None = option(None, "no end token before this many")
-    temperature: float | None = option(None, "0 is greedy; 1 samples the model's own distribution")
-    top_p: float | None = option(None, "sample among the likeliest tokens that together reach this probability")
-    top_k: int | None = option(None, "sample among this many likeliest tokens; 0 is all")
-    min_p: float | None = option(None, "drop tokens less likely than this fraction of the likeliest")
-    typical_p: float | None = option(None, "locally typical sampling, 1 is off")
-    repetition_penalty: float | None = option(None, "above 1 makes tokens that occurred less likely")
-    presence_penalty: float | None = option(None, "subtracted once from tokens of the answer so far")
-    frequency_penalty: float | None = option(None, "subtracted per occurrence from tokens of the answer so far")
-    logit_bias: dict[int, float] | None = option(None, "added to the logits of token ids, as in '{13: -100}'")
-    seed: int | None = option(None, "makes sampling repeatable")
-    stop: tuple[str, ...] | None = option(None, "end the answer before this text; repeat for several")
-    stop_token_ids: tuple[int, ...] | None = option(None, "end the answer at any of these token ids")
-    ignore_eos: bool | None = option(None, "true: go on past the end token, to time fixed lengths")
-    n: int | None = option(None, "answers per prompt")
-    num_beams: int | None = option(None, "beam search with this many beams; 1 is off")
-    length_penalty: float | None = option(None, "beam search: above 0 prefers longer answers")
-    early_stopping: bool | Literal["never"] | None = option(None, "beam search: when to stop looking for better")
-    logprobs: int | None = option(None, "give the log-probability of each token, and of this many likeliest")
-    prompt_logprobs: int | None = option(None, "the same for the tokens of the prompt")
+    `rest`: it takes everything from the first positional on as it is, options of another command too.
 
-
-@dataclass(kw_only=True)
-class PullOptions:
-    """Fetch a model into the local cache and print where it is.
-
-    Examples:
-      puna pull smollm2-135m-instruct
-      puna pull meta-llama/Llama-3.2-1B-Instruct --revision main
+    It can be given by name too (`--model X`, `model: X`); then the positionals of the command line fill the others.
     """
-
-    model: str = argument("an alias (smollm2-135m-instruct) or a Hugging Face id (org/name)")
-    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+    return field(default=default, metadata={"help": help, "positional": True, "rest": rest})
 
 
-@dataclass(kw_only=True)
-class InfoOptions:
-    """Say what a checkpoint is: format, shape, data types, tokenizer, template, size in memory.
+def option(default: Any, help: str) -> Any:
+    """A `--named` field; required when `default` is `dataclasses.MISSING`."""
+    return field(default=default, metadata={"help": help})
 
-    Examples:
-      puna info smollm2-135m-instruct
-      puna info ./my-model --json
+
+def group(kind: type) -> Any:
+    """A field that holds options of their own, a dataclass of `option` fields."""
+    return field(default_factory=kind, metadata={"group": kind})
+
+
+def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
+    """The options that `argv` and the YAML files it names ask for.
+
+    Raises `UserError` for anything that doesn't fit, and `SystemExit(0)` after printing what `--help` or
+    `--print-config` ask for.
     """
-
-    model: str = argument(MODEL)
-    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
-    json: bool = option(False, "print JSON")
-
-
-@dataclass(kw_only=True)
-class ConvertOptions:
-    """Turn a checkpoint of any format into another, tensor by tensor, and prove the result against its source.
-
-    Reads Hugging Face directories (safetensors, .bin), Meta consolidated.*.pth, directories of pre-split ranks,
-    Megatron checkpoints, GGUF and llama2.c .bin. A conversion that is stopped leaves nothing behind.
-
-    Examples:
-      puna convert smollm2-135m-instruct smollm2 --to hf --dtype bfloat16
-      puna convert smollm2 smollm2-q8_0.gguf --to gguf --dtype q8_0
-      puna convert smollm2 smollm2-ranks --to ranks --ranks 3
-      puna convert smollm2 smollm2-tp3 --to megatron --tp 3 --pp 2
-    """
-
-    src: str = argument(MODEL)
-    dst: Path = argument("what to write: a directory, or for gguf a file")
-    to: Literal["hf", "gguf", "meta", "ranks", "megatron"] = option(MISSING, "format to write")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = option(
-        "auto", "data type to write; auto keeps each tensor's own; q8_0 for gguf only"
-    )
-    ranks: int = option(1, "meta, ranks: how many files or directories to split over")
-    tp: int = option(1, "megatron: tensor-parallel ranks")
-    pp: int = option(1, "megatron: stages of the pipeline")
-    names: Literal["ascendspeed", "legacy", "core"] = option(
-        "ascendspeed", "megatron: names of the tensors; legacy is Megatron-LM's former GPT model, core Megatron-core's"
-    )
-    merge_mlp: bool = option(False, "megatron: gate and up as one matrix; legacy and core always have them so")
-    make_vocab_size_divisible_by: int = option(128, "megatron: pad the vocabulary to a multiple of this x --tp")
-    vocab_size: int | None = option(None, "tokens of the source's vocabulary; rows beyond are padding and left out")
-    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
-    overwrite: bool = option(False, "replace DST, if an earlier puna convert wrote it")
-    max_shard_gb: float = option(5.0, "hf: largest weight file, in GB")
-    proof: bool = option(True, "leave out the comparison of the result with its source")
-
-
-@dataclass(kw_only=True)
-class LoraMergeOptions:
-    """Merge a LoRA adapter into its model, and prove that the result computes what model and adapter do.
-
-    Sums are in float32 and rounded once, to the type that is written; how far that moves the logits is said. An adapter
-    needs no merging to be used: puna chat, generate and bench take --adapter.
-
-    Examples:
-      puna lora merge smollm2-135m-instruct ./adapter ./merged
-      puna lora merge ./llama3-8b ./adapter merged.gguf --to gguf --dtype q8_0
-    """
-
-    model: str = argument(MODEL)
-    adapter: Path = argument("directory of an adapter in peft's layout: adapter_config.json, adapter_model.safetensors")
-    dst: Path = argument("what to write: a directory, or for gguf a file")
-    to: Literal["hf", "gguf", "meta", "ranks"] = option("hf", "format to write")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = option(
-        "auto", "data type to write; auto is the one that the model is stored in; q8_0 for gguf only"
-    )
-    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
-    overwrite: bool = option(False, "replace DST, if puna wrote it")
-    proof: bool = option(True, "leave out the comparison of the result with model and adapter")
-
-
-@dataclass(kw_only=True)
-class VerifyOptions:
-    """Compare two checkpoints in any two formats: config, tokenizer, every tensor, logits of probe prompts.
-
-    Names the first layer that differs. Exit code 0 when they are the same model, 3 when they differ.
-
-    Examples:
-      puna verify smollm2-135m-instruct smollm2
-      puna verify smollm2 smollm2-q8_0.gguf --tolerance 0.01
-    """
-
-    a: str = argument(MODEL)
-    b: str = argument("the other checkpoint")
-    tolerance: float | None = option(
-        None, "relative difference of a tensor that counts as the same; 0 when not given, 0.02 for quantised ones"
-    )
-    logits: bool = option(True, "compare what is stored alone, without running both on probe texts")
-    json: bool = option(False, "print JSON")
-
-
-@dataclass(kw_only=True)
-class ChatOptions(ModelOptions, SamplingOptions):
-    """Talk with a model. The answer streams to stdout, everything else goes to stderr.
-
-    In the chat: q, quit or exit leave; clear or new start over; /system TEXT sets the system message; /help lists
-    these. Lines may be piped in. A chat that outgrows the context drops its oldest turns and says so.
-
-    Examples:
-      puna chat smollm2-135m-instruct
-      puna chat ./my-model --system "Answer in one line." --temperature 0.7 --top-p 0.9
-      echo "What is the capital of France?" | puna chat smollm2-135m-instruct
-    """
-
-    system: str | None = option(None, "system message; the template's own when not given")
-    verbose: bool = option(False, "say after each answer how many tokens it took and how fast they came")
-
-
-@dataclass(kw_only=True)
-class GenerateOptions(ModelOptions, SamplingOptions):
-    """Complete one prompt or thousands: arguments, a text file with one prompt a line, JSONL, or stdin.
-
-    A JSONL row is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, with an optional "id", an
-    optional "metadata" that comes out as it went in, and the row's own values for the options of how tokens are chosen.
-    JSONL goes in and JSONL comes out, in the same order: {"index", "id", "choices", "usage"}, or {"index", "id",
-    "error"} for a bad row, and the rest goes on; that is no failure of the run. With --out, a second run skips the rows
-    that are already there.
-
-    Examples:
-      puna generate smollm2-135m-instruct "The capital of France is" --max-tokens 16
-      puna generate smollm2-135m-instruct --chat "Name three llamas." --n 2 --temperature 0.8 --seed 1
-      puna generate smollm2-135m-instruct --file prompts.txt --max-tokens 64
-      puna generate smollm2-135m-instruct --file prompts.jsonl --out answers.jsonl
-      puna generate smollm2-135m-instruct --file - --jsonl < prompts.jsonl > answers.jsonl
-    """
-
-    prompt: tuple[str, ...] = argument("prompts; without any and without --file, all of stdin is one", default=())
-    file: str | None = option(None, "prompts: a .jsonl file, a text file with one a line, or - for stdin")
-    jsonl: bool = option(False, "--file is JSONL whatever its name, and JSONL is printed")
-    out: Path | None = option(None, "write JSONL here; rows that it already holds are not generated again")
-    chat: bool = option(False, "a prompt is a user's message: apply the chat template")
-    system: str | None = option(None, "system message of --chat")
-
-
-@dataclass(kw_only=True)
-class BenchOptions(ModelOptions):
-    """What is timed."""
-
-    model: str = argument(MODEL + "; with --weights random also a preset (llama2-7b, llama3.1-8b ...)")
-    input_len: tuple[int, ...] = option((128, 512), "prompt lengths in tokens")
-    output_len: tuple[int, ...] = option((64,), "answer lengths in tokens")
-    batch_size: tuple[int, ...] = option((1, 4, 16), "requests at once")
-    seed: int = option(0, "of the random prompts and weights")
-    json: Path | None = option(None, "also write the table as JSON")
-    plot: Path | None = option(None, "also draw the table as a PNG")
-
-
-@dataclass(kw_only=True)
-class LatencyOptions(BenchOptions):
-    """Time prefill and decode apart over a grid of prompt lengths, answer lengths and batch sizes; medians.
-
-    Decode is also given as a share of the memory bandwidth that a plain read reaches on the same device.
-
-    Examples:
-      puna bench latency smollm2-135m-instruct --input-len 128,512 --output-len 64 --batch-size 1,4
-      puna bench latency tiny --weights random --input-len 64 --json times.json --plot times.png
-    """
-
-    warmup: int = option(1, "untimed rounds before the timed ones")
-    repeats: int = option(3, "timed rounds")
-
-
-@dataclass(kw_only=True)
-class ThroughputOptions(BenchOptions):
-    """Time a queue of requests, --batch-size of them at once: requests/s, tokens/s, percentiles of the latency.
-
-    Lengths come from the grid, or from the conversations of a ShareGPT-style file:
-    [{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}].
-
-    Examples:
-      puna bench throughput smollm2-135m-instruct --input-len 128 --output-len 64 --num-prompts 32
-      puna bench throughput smollm2-135m-instruct --dataset conversations.json --batch-size 16
-    """
-
-    num_prompts: int = option(64, "requests per line of the table")
-    dataset: Path | None = option(None, "a ShareGPT-style JSON file; its lengths replace the grid")
-
-
-@dataclass(kw_only=True)
-class LaunchOptions:
-    """Run a verb on several devices of this machine or of many, by torchrun; or print what Slurm or Kubernetes need.
-
-    Examples:
-      puna launch --nproc 2 train run.yaml --mesh.tp 2
-      puna launch --nproc 8 --nnodes 4 --rendezvous node0:29500 train run.yaml
-      puna launch --nproc 8 --nnodes 4 --slurm train run.yaml > job.sh
-      puna launch --nproc 8 --nnodes 4 --k8s --image registry/puna:latest train run.yaml > job.yaml
-    """
-
-    command: tuple[str, ...] = argument("the verb and its arguments, all that follows", default=(), rest=True)
-    nproc: int = option(1, "processes on each node, one a device")
-    nnodes: int = option(1, "machines")
-    rendezvous: str | None = option(None, "HOST:PORT of the first node, where the nodes meet")
-    slurm: bool = option(False, "print an sbatch script")
-    k8s: bool = option(False, "print a Kubernetes Job with its Service")
-    name: str = option("puna", "manifests: the job's name")
-    gpus: bool = option(True, "manifests: ask for a GPU per process")
-    cpus: int = option(8, "manifests: CPU cores per process")
-    time: str = option("24:00:00", "Slurm: longest time of the job")
-    image: str | None = option(None, "Kubernetes: container image with puna")
-    volume: str = option("workspace", "Kubernetes: claim of the volume that all pods share, mounted as /workspace")
-
-
-@dataclass(kw_only=True)
-class DoctorLossOptions:
-    """Compare the losses of two training runs: relative 2 %, absolute 0.005, as means over the steps that both have.
-
-    Exit code 0 when they agree, 3 when they differ.
-
-    Examples:
-      puna doctor loss runs/one-gpu runs/eight-gpus
-      puna doctor loss runs/a runs/b --plot losses.png
-    """
-
-    a: Path = argument("a run's folder or metrics.jsonl, the reference")
-    b: Path = argument("the other run")
-    relative: float = option(0.02, "limit of the mean relative difference")
-    absolute: float = option(0.005, "limit of the mean absolute difference")
-    plot: Path | None = option(None, "also draw both as a PNG")
-    json: bool = option(False, "print JSON")
-
-
-@dataclass(kw_only=True)
-class DemoOptions:
-    """The main job on real weights: import a GGUF, prove it, chat, generate a batch, time it. About a minute.
-
-    Examples:
-      puna demo
-      puna demo --model smollm2-135m-instruct --out demo
-    """
-
-    model: str = option("smollm2-135m-instruct", "the checkpoint that the demo imports")
-    out: Path = option(Path("demo"), "folder for the imported checkpoint, the answers and the plot")
-
-
-@dataclass(kw_only=True)
-class PrepareOptions:
-    """Turn raw files into token data for training: Megatron's .bin/.idx, and a JSON card that says what is in it.
-
-    Reads .jsonl, .json, .csv, .txt, .parquet and .arrow, plain or as .gz or .zst: files, folders, globs, and datasets
-    of the Hugging Face Hub. Handlers: text, wikitext, wikitext-clean, alpaca, sharegpt, vicuna, openai, moss,
-    moss-turns, belle, squad, squad-first, leetcode, preference. Killed, the same command goes on where it was.
-
-    Examples:
-      puna data prepare corpus/*.txt --out data/corpus --tokenizer smollm2-135m-instruct
-      puna data prepare alpaca.json --out data/alpaca --tokenizer ./llama2-7b --template alpaca
-      puna data prepare chats.jsonl.gz --out data/chats --tokenizer smollm2-135m-instruct --loss last
-      puna data prepare HuggingFaceFW/fineweb --subset sample-10BT --out data/web --tokenizer ./llama3-8b
-    """
-
-    src: tuple[str, ...] = argument("files, folders, globs or Hub datasets (org/name)")
-    out: Path = option(MISSING, "prefix of what is written: OUT_train_text_document.bin, OUT.json and so on")
-    tokenizer: str = option(MISSING, MODEL + ", or a tokenizer file; its template is used too")
-    handler: str = option("auto", "what the rows are; auto looks at their fields and says what it found")
-    template: str | None = option(
-        None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
-    )
-    template_values: dict[str, str] | None = option(
-        None, "variables for the template, as in '{date_string: 26 Jul 2024}'"
-    )
-    loss: Literal["all", "last"] = option("all", "which answers of a conversation are trained")
-    text_field: str = option("text", "handler text: the field that holds the document")
-    documents: Literal["line", "paragraph", "file"] = option("line", "what a document is in a text file")
-    append_eos: bool = option(True, "leave out the EOS after every document")
-    validation: float = option(0.01, "share of the samples, by their hash, kept apart for validation; 0 is no split")
-    workers: int | None = option(None, "processes; all cores when not given")
-    engine: Literal["local", "ray"] = option(
-        "local", "ray: as a Ray Data job on the cluster that this machine belongs to"
-    )
-    subset: str | None = option(None, "Hub datasets: the subset (configuration)")
-    split: str = option("train", "Hub datasets: the split")
-    revision: str | None = option(None, "Hub datasets: branch, tag or commit")
-    overwrite: bool = option(False, "replace the data of that name")
-
-
-@dataclass(kw_only=True)
-class ShowOptions:
-    """Print samples of prepared data: what is trained in colour, prompts dim, special tokens as they stand.
-
-    Examples:
-      puna data show data/alpaca_train --tokenizer smollm2-135m-instruct
-      puna data show data/alpaca_train --samples 20 --html alpaca.html
-    """
-
-    prefix: str = argument("prefix of the data, as data/alpaca_train")
-    tokenizer: str | None = option(None, MODEL + "; the one that the data were made with when not given")
-    samples: int = option(5, "how many samples")
-    start: int = option(0, "the first of them")
-    max_tokens: int = option(2000, "longest part of a sample that is shown")
-    html: Path | None = option(None, "write a page instead of printing")
-
-
-@dataclass(kw_only=True)
-class StatsOptions:
-    """Totals of prepared data, and how long its samples are.
-
-    Examples:
-      puna data stats data/alpaca_train data/alpaca_validation
-      puna data stats data/corpus_train --plot lengths.png --seq-len 2048
-    """
-
-    prefix: tuple[str, ...] = argument("prefixes of the data")
-    plot: Path | None = option(None, "draw the lengths as a histogram (PNG)")
-    seq_len: int | None = option(None, "also say how well rows of this length are packed")
-
-
-def sampling(options: SamplingOptions) -> dict[str, Any]:
-    """The sampling options that were given; the rest is the checkpoint's to decide."""
-    given = {entry.name: getattr(options, entry.name) for entry in fields(SamplingOptions)}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def loading(options: ModelOptions) -> dict[str, Any]:
-    """`LLM`'s keyword arguments, with progress shown."""
-    return {entry.name: getattr(options, entry.name) for entry in fields(ModelOptions)} | {"quiet": False}
+    hints = _hints(kind)
+    named, positional, files, show = _split(verb, kind, argv)
+    values: dict[str, Any] = {}
+    for file in files:
+        values |= convert_all(kind, _read_yaml(file), where=f"{file}: puna {verb}")
+    for name in _positionals(kind):
+        if positional and name not in named and name not in values:
+            many = typing.get_origin(hints[name]) is tuple
+            named[name], positional = (positional, []) if many else (positional[0], positional[1:])
+    if positional:
+        raise UserError(f"puna {verb} has no place for the argument {positional[0]!r} (see puna {verb} --help)")
+    values |= {name: convert(text, hints[name], flag(name)) for name, text in named.items()}
+    for entry in _fields(kind):
+        if entry.default is MISSING and entry.name not in values:
+            what = entry.name.upper() if entry.metadata.get("positional") else flag(entry.name)
+            raise UserError(f"puna {verb} needs {what}: {entry.metadata['help']} (see puna {verb} --help)")
+    options = _make(kind, values)
+    if show:
+        print(to_yaml(options), end="")
+        raise SystemExit(0)
+    return options
+
+
+def convert_all(kind: type, mapping: Any, where: str) -> dict[str, Any]:
+    """Checked values for the fields that `mapping` names, with dashes or underscores. `where` opens each error."""
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{where} takes a mapping of option names to values, not {mapping!r}")
+    hints, groups = _hints(kind), _groups(kind)
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = str(key).replace("-", "_")
+        if name in groups:
+            inner = convert_all(groups[name], {} if value is None else value, f"{where}: {key}")
+            values |= {f"{name}.{inside}": item for inside, item in inner.items()}
+            continue
+        if name not in hints:
+            raise UserError(f"{where} has no option {key!r}{nearest(name, [*hints, *groups])}")
+        values[name] = convert(value, hints[name], f"{where}: {key}")
+    return values
+
+
+def to_yaml(options: Any) -> str:
+    """The options that differ from their defaults, as the YAML file that gives them again."""
+    values: dict[str, Any] = {}
+    for entry in _fields(type(options)):
+        value = attrgetter(entry.name)(options)
+        if value != entry.default:
+            *path, name = entry.name.split(".")
+            inner = values
+            for step in path:
+                inner = inner.setdefault(step, {})
+            inner[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
+
+
+def help_text(verb: str, kind: type) -> str:
+    """What `puna VERB --help` prints: the class's docstring, then its options by the class that declares them."""
+    hints, usage = _hints(kind), [f"puna {verb}"]
+    for entry in _fields(kind):
+        if entry.metadata.get("positional"):
+            word = entry.name.upper() + ("..." if typing.get_origin(hints[entry.name]) is tuple else "")
+            usage.append(word if entry.default is MISSING else f"[{word}]")
+    lines = ["usage: " + " ".join([*usage, "[options]"]), "", _doc(kind)]
+    for owner in kind.__mro__[:-1]:
+        own = [entry for entry in _fields(kind) if entry.name in owner.__dict__.get("__annotations__", {})]
+        if own:
+            title = "Arguments and options" if owner is kind else _doc(owner).splitlines()[0].rstrip(".")
+            lines += ["", f"{title}:", *(_describe(entry, hints[entry.name]) for entry in own)]
+    for name, inner in _groups(kind).items():
+        inside = [entry for entry in _fields(kind) if entry.name.startswith(f"{name}.")]
+        lines += ["", f"{_doc(inner).splitlines()[0].rstrip('.')}:"]
+        lines += [_describe(entry, hints[entry.name]) for entry in inside]
+    lines += ["", "Everywhere:"]
+    for head, text in (
+        ("--config FILE", "read options from a YAML file; what stands on the command line wins"),
+        ("--print-config", "print the options as such a file and stop"),
+        ("--traceback", "show the Python traceback of an error"),
+        ("--help", "this page"),
+    ):
+        lines.append(_row(head, text))
+    return "\n".join(lines)
+
+
+def convert(value: Any, hint: Any, name: str) -> Any:
+    """`value`, from YAML or as the text of the command line, as the type `hint`; `UserError` names `name`."""
+    try:
+        return _convert(value, hint)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        close = nearest(str(value), map(str, typing.get_args(hint))) if typing.get_origin(hint) is Literal else ""
+        raise UserError(f"{name} takes {_wanted(hint)}, not {value!r}{close}") from None
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field: max_tokens -> --max-tokens."""
+    return "--" + name.replace("_", "-")
+
+
+def _split(verb: str, kind: type, argv: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str], bool]:
+    """The command line as (named values, positional texts, YAML files, --print-config)."""
+    named: dict[str, Any] = {}
+    positional: list[str] = []
+    files: list[str] = []
+    show = False
+    hints, rest = _hints(kind), list(argv)
+    verbatim = any(entry.metadata.get("rest") for entry in _fields(kind))
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            positional += rest
+            break
+        if not OPTION.fullmatch(word):
+            if verbatim:
+                positional += [word, *rest]
+                break
+            leading = not positional and not files and word.endswith((".yaml", ".yml"))
+            (files if leading else positional).append(word)
+            continue
+        written, equals, value = word.partition("=")
+        name = written.lstrip("-").replace("-", "_")
+        if written in ("-h", "--help"):
+            print(help_text(verb, kind))
+            raise SystemExit(0)
+        if name == "print_config":
+            show = True
+            continue
+        negated = name.removeprefix("no_")
+        if not equals and name in hints and _bare(hints[name]) is bool:
+            named[name] = True
+            continue
+        if not equals and negated in hints and _bare(hints[negated]) is bool:
+            named[negated] = False
+            continue
+        if name not in hints and name != "config":
+            known = [flag(known) for known in [*hints, "config", "help"]]
+            hint = nearest(written.replace("_", "-"), known) or f" (see puna {verb} --help)"
+            raise UserError(f"puna {verb} has no option {written}{hint}")
+        if not equals:
+            if not rest or (rest[0].startswith("--") and OPTION.fullmatch(rest[0])):
+                wanted = "a YAML file" if name == "config" else _wanted(hints[name])
+                raise UserError(f"{written} needs a value: {wanted}")
+            value = rest.pop(0)
+        if name == "config":
+            files.append(value)
+        elif typing.get_origin(_bare(hints[name])) is tuple:
+            named.setdefault(name, []).append(value)
+        else:
+            named[name] = value
+    return named, positional, files, show
+
+
+def _read_yaml(file: str) -> Any:
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the options file {file}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{file} is not valid YAML: lists or mappings are nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{file} is not valid YAML{place}: {getattr(error, 'problem', None) or error}") from None
+    return {} if content is None else content
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        for member in args:
+            if member is not type(None):
+                try:
+                    return _convert(value, member)
+                except ValueError:
+                    continue
+        raise ValueError
+    if origin is Literal:
+        for choice in args:
+            if value == choice or str(value) == str(choice):
+                return choice
+        raise ValueError
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if args[0] in (int, float):  # 128,512
+            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+        return tuple(_convert(item, args[0]) for item in items)
+    if origin is dict:
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise ValueError
+        return {_convert(key, args[0]): _convert(item, args[1]) for key, item in value.items()}
+    if hint is bool:
+        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        if isinstance(value, bool):
+            return value
+        raise ValueError
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError
+    if hint is int and isinstance(value, float):
+        raise ValueError
+    if hint is float and not math.isfinite(float(value)):
+        raise ValueError
+    return Path(str(value)).expanduser() if hint is Path else hint(value)
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_wanted(member) for member in args if member is not type(None))
+    if origin is Literal:
+        *most, last = map(str, args)
+        return f"{', '.join(most)} or {last}" if most else last
+    if origin is tuple:
+        return {int: "whole numbers, as in 1,4,16", float: "numbers, as in 0.5,1"}.get(args[0], "text")
+    if origin is dict:
+        return "a mapping, as in '{13: -100}'"
+    return {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}.get(hint, "text")
+
+
+def _metavar(hint: Any) -> str:
+    hint = _bare(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return "|".join(_metavar(member) for member in args if member is not type(None))
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin is tuple:
+        return _metavar(args[0]) + (",..." if args[0] in (int, float) else "")
+    return {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT"}.get(hint, "{KEY: VALUE}")
+
+
+def _describe(entry: Field, hint: Any) -> str:
+    text, default = entry.metadata["help"], entry.default
+    if entry.metadata.get("positional"):
+        return _row(entry.name.upper(), text)
+    if _bare(hint) is bool:
+        return _row(flag(f"no_{entry.name}" if default else entry.name), text)
+    if default is MISSING:
+        text += " (required)"
+    elif default not in (None, ()):
+        text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+    return _row(f"{flag(entry.name)} {_metavar(hint)}", text)
+
+
+def _row(head: str, text: str) -> str:
+    body = indent(fill(text, WIDTH - 30), " " * 30)
+    return f"  {head}\n{body}" if len(head) > 26 else f"  {head:<28}{body[30:]}"
+
+
+def _doc(kind: type) -> str:
+    return inspect.cleandoc(kind.__doc__ or "")
+
+
+def _bare(hint: Any) -> Any:
+    """`T` of an optional `T | None`."""
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    return members[0] if typing.get_origin(hint) in (Union, types.UnionType) and len(members) == 1 else hint
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The type of every option, by its name; one of a group is called `group.name`."""
+    hints = typing.get_type_hints(kind)
+    found = {entry.name: hints[entry.name] for entry in dataclasses.fields(kind) if "group" not in entry.metadata}
+    for name, inner in _groups(kind).items():
+        found |= {f"{name}.{inside}": hint for inside, hint in _hints(inner).items()}
+    return found
+
+
+def _fields(kind: Any) -> list[Field]:
+    """Every option, those of groups last and under their full name."""
+    found = [entry for entry in dataclasses.fields(kind) if "group" not in entry.metadata]
+    for name, inner in _groups(kind).items():
+        for entry in map(copy.copy, _fields(inner)):
+            entry.name = f"{name}.{entry.name}"
+            found.append(entry)
+    return found
+
+
+def _groups(kind: Any) -> dict[str, type]:
+    return {entry.name: entry.metadata["group"] for entry in dataclasses.fields(kind) if "group" in entry.metadata}
+
+
+def _make(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass from options by their full names."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    for name, inner in _groups(kind).items():
+        start = f"{name}."
+        own[name] = _make(
+            inner, {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+        )
+    return kind(**own)
+
+
+def _positionals(kind: type) -> list[str]:
+    return [entry.name for entry in _fields(kind) if entry.metadata.get("positional")]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from puna.data.cuts import TITLE
+from puna.data.records import TITLE
 from puna.data.sources import Bad
 from puna.errors import UserError, nearest
 

@@ -17,15 +17,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from puna.data.pack import PACKINGS, Plan
-from puna.data.store import IGNORED, Dataset
+from puna.data.indexed_dataset import IGNORED, Dataset
+from puna.data.packing import PACKINGS, Plan
 from puna.errors import UserError
 
 Packing = Literal["best_fit", "concat", "none"]
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRow:
     """One row of `seq_len` tokens; everything int [seq_len].
 
     `labels[t]` is the token that follows `ids[t]` in the same document, -100 at its end, for prompts and for padding.
@@ -82,13 +82,13 @@ class PackedLoader:
     def epoch(self) -> int:
         return self.cursor // self.epoch_rows
 
-    def next_batch(self, n_rows: int) -> list[Packed]:
+    def next_batch(self, n_rows: int) -> list[PackedRow]:
         """This rank's `n_rows` rows of the next `n_rows * size`; moves the cursor past all of them."""
         first = self.cursor + self.rank * n_rows
         self.cursor += n_rows * self.size
         return [self.row(index) for index in range(first, first + n_rows)]
 
-    def one_pass(self, n_rows: int) -> Iterator[list[Packed]]:
+    def validation_batches(self, n_rows: int) -> Iterator[list[PackedRow]]:
         """Every row of the first epoch once, for validation; the last batch is filled with rows of padding.
 
         All ranks get equally many batches. The cursor stays where it is.
@@ -100,7 +100,7 @@ class PackedLoader:
                 for index in range(first, first + n_rows)
             ]
 
-    def row(self, index: int) -> Packed:
+    def row(self, index: int) -> PackedRow:
         """The row with this global number."""
         epoch, place = divmod(index, self.epoch_rows)
         store, rank = (int(column[place]) for column in self._order)
@@ -144,7 +144,7 @@ class PackedLoader:
         """The order of a store's rows when it comes round for the `turn`-th time."""
         return np.random.default_rng(_seed(self.seed, store, turn)).permutation(len(self._plans[store]))
 
-    def _build(self, store: int, pieces: list[tuple[int, int, int]]) -> Packed:
+    def _build(self, store: int, pieces: list[tuple[int, int, int]]) -> PackedRow:
         ids = np.zeros(self.seq_len, np.int64)
         labels = np.full(self.seq_len, IGNORED, np.int64)
         positions, documents = np.arange(self.seq_len), np.zeros(self.seq_len, np.int32)
@@ -165,10 +165,10 @@ class PackedLoader:
         if at < self.seq_len:
             positions[at:] = np.arange(self.seq_len - at)
             documents[at:] = documents[at - 1] + 1 if at else 0
-        return Packed(ids, labels, positions, documents, [(store, sample) for sample, _, _ in pieces])
+        return PackedRow(ids, labels, positions, documents, [(store, sample) for sample, _, _ in pieces])
 
 
-def collate(rows: Sequence[Packed]) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
     """ids, labels, positions (int64) and documents (int32) of rows as tensors [rows, seq_len]."""
     names = ("ids", "labels", "positions", "documents")
     return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in names}

@@ -21,18 +21,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from puna.data import encode, handlers, sources
-from puna.data.encode import Encoded, Job
-from puna.data.masks import Encoder
-from puna.data.output import Output, Stats, all_stores, prefix_of
+from puna.data import handlers, sources, worker
+from puna.data.encoder import LabelEncoder
+from puna.data.indexed_dataset import MAX_CARD
 from puna.data.sources import Chunk, Source
-from puna.data.store import MAX_CARD
+from puna.data.worker import Encoded, Job
+from puna.data.writer import Output, Stats, all_stores, prefix_of
 from puna.errors import UserError
-from puna.options import PrepareOptions
+from puna.option_sets import PrepareOptions
 from puna.progress import meter
-from puna.text import Tokenizer
+from puna.tokenizer import Tokenizer
 from puna.weights import hub
-from puna.weights.source import open_source
+from puna.weights.checkpoint import open_checkpoint
 
 SMALL = 4 << 20  # bytes of input that are done sooner than a worker starts
 PROBED = 100  # rows that are tried before the work begins
@@ -61,7 +61,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.tokenizer, options.template)
     found = sources.find(options.src, subset=options.subset, split=options.split, revision=options.revision)
     name, documents = _choose(options, found)
-    encoder = Encoder(tokenizer, options.loss, options.append_eos, options.template_values)
+    encoder = LabelEncoder(tokenizer, options.loss, options.append_eos, options.template_values)
     job = Job(encoder, name, options.text_field, options.validation)
     _check(job, found, documents)
     facts = _facts(job, found, documents)
@@ -102,7 +102,7 @@ def load_tokenizer(ref: str, template: str | None = None) -> Tokenizer:
     if path.name in alone or path.is_dir() and any((path / name).exists() for name in alone):
         tokenizer: Tokenizer | None = Tokenizer.load(path)
     else:
-        with open_source(path) as source:
+        with open_checkpoint(path) as source:
             tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(f"{ref} carries no tokenizer: name another checkpoint or a tokenizer file")
@@ -148,7 +148,7 @@ def _check(job: Job, found: list[Source], documents: sources.Documents) -> None:
                 there = ", ".join(map(str, rows[0]))
                 raise UserError(f"{source.name}: {missing}, the handler {job.handler} needs it; there are {there}")
         if rows and not tried:
-            encode.encode_chunk(job, Chunk(source.name, "rows", rows))
+            worker.encode_chunk(job, Chunk(source.name, "rows", rows))
             tried = True
 
 
@@ -165,14 +165,14 @@ def encoded_here(
     local = [source.name for source in found if source.format != "hub"]
     if workers == 1 or len(local) == len(found) and sum(map(os.path.getsize, local)) < SMALL:
         for name, chunk in todo:
-            yield name, encode.encode_chunk(job, chunk)
+            yield name, worker.encode_chunk(job, chunk)
         return
     context = multiprocessing.get_context("spawn")
     waiting: deque[tuple[str, Future[Encoded]]] = deque()
-    pool = ProcessPoolExecutor(workers, context, encode.start_worker, (job,))
+    pool = ProcessPoolExecutor(workers, context, worker.start_worker, (job,))
     try:
         for name, chunk in todo:
-            waiting.append((name, pool.submit(encode.work, chunk)))
+            waiting.append((name, pool.submit(worker.work, chunk)))
             if len(waiting) >= 4 * workers:
                 before, future = waiting.popleft()
                 yield before, future.result()
@@ -253,7 +253,7 @@ def _report(card: dict[str, Any], found: list[Source], stats: Stats) -> None:
 def _hashes(found: list[Source], workers: int) -> dict[str, str]:
     local = [source.name for source in found if source.format != "hub"]
     with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(local, pool.map(encode.digest, local), strict=True))
+        return dict(zip(local, pool.map(worker.digest, local), strict=True))
 
 
 def _cores() -> int:

@@ -11,8 +11,8 @@ from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import Any
 
-from puna.data.encode import Encoded, Job, encode_chunk
 from puna.data.sources import Chunk, Documents, Source, chunks
+from puna.data.worker import Encoded, Job, encode_chunk
 from puna.errors import UserError
 
 SPANS = 16  # chunks in a task

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from puna.data import cuts
-from puna.data.cuts import BEGINS, MAX_ROW, Span, batches, grouped, raw_lines, records, spans
+from puna.data import records
 from puna.data.json_stream import json_texts
+from puna.data.records import BEGINS, MAX_ROW, Span, batches, grouped, raw_lines, spans
 from puna.errors import UserError
 
 Documents = Literal["line", "paragraph", "file", "article"]
@@ -149,7 +149,7 @@ def rows(chunk: Chunk) -> Iterator[dict[str, Any] | Bad]:
         if content.start == 0:
             data = data.removeprefix(b"\xef\xbb\xbf")
         begins = BEGINS["line" if chunk.format == "json" else chunk.documents]
-        content = list(records(io.BytesIO(data), begins))
+        content = list(records.records(io.BytesIO(data), begins))
     for raw in content:
         try:
             text = raw.decode()
@@ -178,7 +178,7 @@ def _tables(source: Source) -> Iterator[Chunk]:
     if source.format == "json":
         with _open(source) as file:
             values = json_texts(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape"), MAX_ROW)
-            for texts in batches(values, len, cuts.CHUNK_BYTES):
+            for texts in batches(values, len, records.CHUNK_BYTES):
                 yield Chunk(source.name, "json", [text.encode(errors="surrogateescape") for text in texts])
     elif source.format in ("csv", "tsv"):
         csv.field_size_limit(MAX_ROW)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puna.engine.params import SamplingParams
-from puna.engine.sampler import NanLogits, Row, process
+from puna.engine.sampler import NonFiniteLogits, Row, process
+from puna.engine.sampling_params import SamplingParams
 
 _NEVER = -1e9  # transformers' score of a beam that must not win; finite, so that nothing turns into NaN
 
@@ -60,7 +60,7 @@ class BeamSearch:
         """One step, from the running beams' logits [beams, vocab] and tokens (with the prompt), as last returned.
 
         The first call takes the prompt alone. Returns the next running beams as (index of the parent, token), best
-        first, num_beams of them; none when the search is done. Raises NanLogits.
+        first, num_beams of them; none when the search is done. Raises NonFiniteLogits.
         """
         index, scores, logprobs = self._candidates(logits, sequences)
         places = [divmod(i, logits.shape[1]) for i in index]
@@ -86,7 +86,7 @@ class BeamSearch:
         """Indices into [num_beams * vocab], summed log-probabilities (CPU), and the tokens' own log-probabilities."""
         finite = logits.amax(-1).isfinite().tolist()
         if not all(finite):
-            raise NanLogits([i for i, fine in enumerate(finite) if not fine])
+            raise NonFiniteLogits([i for i, fine in enumerate(finite) if not fine])
         logprobs = logits.float().log_softmax(-1)
         rows = [Row(self.params, 0, 0, s[: self.prompt_len], s[self.prompt_len :], self.eos_ids) for s in sequences]
         total = process(logprobs, rows, keep=self._spare) + self._scores.to(logits.device)[:, None]

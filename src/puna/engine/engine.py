@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from puna.engine.beam import BeamSearch
-from puna.engine.blocks import BlockPool
-from puna.engine.limits import Limits
-from puna.engine.output import RequestOutput, TextStream, completions
-from puna.engine.params import SamplingParams
+from puna.engine.block_pool import BlockPool
+from puna.engine.outputs import RequestOutput, TextStream, completions
 from puna.engine.runner import Runner
-from puna.engine.sampler import NanLogits, Row, Sampled, fork_seed, sample, token_logprobs
+from puna.engine.sampler import NonFiniteLogits, Row, Sampled, fork_seed, sample, token_logprobs
+from puna.engine.sampling_params import SamplingParams
 from puna.engine.scheduler import Scheduler
 from puna.engine.sequence import Batch, Chunk, Request, Sequence
+from puna.engine.validation import RequestValidator
 from puna.errors import UserError
-from puna.text import Tokenizer
+from puna.tokenizer import Tokenizer
 
-Share = Callable[[Any], Any]  # rank 0's value on every rank
+Broadcast = Callable[[Any], Any]  # rank 0's value on every rank
 GREEDY = SamplingParams()
 
 
@@ -37,22 +37,28 @@ class Engine:
         self,
         runner: Runner,
         pool: BlockPool,
-        limits: Limits,
+        validator: RequestValidator,
         tokenizer: Tokenizer | None,
         *,
         stop_ids: tuple[int, ...] = (),
         seed: int = 0,
-        share: Share | None = None,
-        leads: bool = True,
+        share: Broadcast | None = None,
+        is_driver: bool = True,
     ) -> None:
-        self.runner, self.limits, self.tokenizer, self.stop_ids, self.seed = runner, limits, tokenizer, stop_ids, seed
-        self.scheduler = Scheduler(pool, limits.max_batch_tokens, limits.max_num_seqs)
+        self.runner, self.validator, self.tokenizer, self.stop_ids, self.seed = (
+            runner,
+            validator,
+            tokenizer,
+            stop_ids,
+            seed,
+        )
+        self.scheduler = Scheduler(pool, validator.max_batch_tokens, validator.max_num_seqs)
         self.requests: dict[str, Request] = {}
         self.computed_tokens = 0
         self._beams: dict[str, BeamSearch] = {}  # of requests with num_beams > 1, on rank 0
-        self._share: Share = share or (lambda value: value)
-        self._leads = leads
-        self._inbox: list[tuple[str, Any]] = []  # what this rank was told since the last step
+        self._broadcast: Broadcast = share or (lambda value: value)
+        self.is_driver = is_driver
+        self._pending_ops: list[tuple[str, Any]] = []  # what this rank was told since the last step
         self._count = 0
 
     # What callers do
@@ -75,7 +81,7 @@ class Engine:
             id = next(name for n in count(self._count) if (name := str(n)) not in self.requests)
         if id in self.requests:
             raise UserError(f"there is already a request {id!r}; give each its own id.")
-        max_len = self.limits.max_len(prompt, params, self.scheduler.pool, score_only=score_only)
+        max_len = self.validator.max_len(prompt, params, self.scheduler.pool, score_only=score_only)
         seed = params.seed if params.seed is not None else fork_seed(self.seed, self._count)
         stop_ids = () if params.ignore_eos else self.stop_ids
         sequence = Sequence(list(prompt), len(prompt), max_len, seed)
@@ -88,13 +94,13 @@ class Engine:
         if request.has_beams:
             self._beams[id] = BeamSearch(len(prompt), params, request.stop_ids, max_len, seed)
         self.requests[id] = request
-        self._inbox.append(("add", request))
+        self._pending_ops.append(("add", request))
         return id
 
     def abort(self, id: str) -> None:
         """Drop a request; unknown and finished ones are ignored."""
         if id in self.requests:
-            self._inbox.append(("abort", id))
+            self._pending_ops.append(("abort", id))
 
     @property
     def busy(self) -> int:
@@ -103,8 +109,8 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute the next batch; gives the requests that ended with it."""
-        told = self._share(self._inbox)
-        self._inbox = []
+        told = self._broadcast(self._pending_ops)
+        self._pending_ops = []
         done = [out for op, value in told if (out := self._take(op, value))]
         batch = self.scheduler.schedule()
         if not batch.chunks:
@@ -112,21 +118,21 @@ class Engine:
         try:
             logits = self.runner.run(batch)
             self.scheduler.update(batch)
-            decisions = list(self._decide(batch, logits)) if self._leads else None
+            decisions = list(self._decide(batch, logits)) if self.is_driver else None
         except BaseException:  # Ctrl-C, or no memory: what was scheduled is not done, and may be done again
             self.scheduler.preempt_all()
             raise
         self.computed_tokens += batch.num_tokens
-        for decision in self._share(decisions):
+        for decision in self._broadcast(decisions):
             self._apply(*decision)
         stepped = {chunk.request.id: chunk.request for chunk in batch.chunks}
         return done + [self._finish(request) for request in stepped.values() if self._over(request)]
 
     def stop(self) -> None:
         """Let the other ranks leave `follow`."""
-        self._share([*self._inbox, ("stop", None)])
+        self._broadcast([*self._pending_ops, ("stop", None)])
 
-    def follow(self) -> None:
+    def run_worker(self) -> None:
         """What the other ranks do: step along with rank 0 until it stops."""
         try:
             while True:
@@ -187,7 +193,7 @@ class Engine:
             try:
                 picks = self._beams[id].advance(logits[where], [seq.tokens for seq in request.sequences])
                 yield "beams", id, 0, picks
-            except NanLogits as error:
+            except NonFiniteLogits as error:
                 yield "error", id, 0, str(error)
 
     def _tokens(
@@ -196,7 +202,7 @@ class Engine:
         """Sample; requests whose logits are unusable fail alone."""
         try:
             sampled = sample(logits, rows)
-        except NanLogits as error:
+        except NonFiniteLogits as error:
             failed = {owners[i][0].id for i in error.rows}
             for id in failed:
                 yield "error", id, 0, str(error)
@@ -217,14 +223,14 @@ class Engine:
         first, known = chunk.start + chunk.logit_rows.start, len(request.prompt_logprobs)
         targets = request.prompt[known + 1 : first + len(logits) + 1]
         logits = logits[: len(targets)]
-        top = min(request.params.prompt_logprobs or 0, self.limits.vocab_size)
+        top = min(request.params.prompt_logprobs or 0, self.validator.vocab_size)
         chosen, ids, levels = token_logprobs(logits, torch.tensor(targets, device=logits.device), top)
         entries = [
             (token, level, list(zip(i, v, strict=True)))
             for token, level, i, v in zip(targets, chosen.tolist(), ids.tolist(), levels.tolist(), strict=True)
         ]
         if any(math.isnan(level) for _, level, _ in entries):
-            return "error", request.id, 0, str(NanLogits([]))
+            return "error", request.id, 0, str(NonFiniteLogits([]))
         return "prompt", request.id, 0, entries
 
     @staticmethod

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.engine.sequence import Batch, Chunk
-from puna.model.attend import sdpa
+from puna.model.attention import sdpa
 from puna.model.llama import Attention, Llama
 
 BLOCK_SIZE = 16  # positions; large enough for copies to run at memory speed, small enough to share short prefixes
@@ -35,7 +35,7 @@ class Runner(Protocol):
 
 
 @dataclass
-class Run:
+class PrefillChunk:
     """A chunk of more than one token: its rows of the flat batch, its cache blocks, and which keys it may see."""
 
     rows: slice
@@ -45,16 +45,16 @@ class Run:
 
 
 @dataclass
-class Paged:
+class PagedAttention:
     """`attend` over the paged cache for one flat batch of N tokens; the first `singles` are one per sequence."""
 
     cache: Tensor  # [layers, 2, kv_heads, blocks, block_size, head_dim]
     slots: Tensor  # [N] where each token's key and value go, in positions of the whole cache
-    singles: int
+    decodes: int
     table: Tensor | slice  # [singles * width] their blocks, short ones filled up with their own last
     length: int  # keys that they see, <= width * block_size
     mask: Tensor | None  # [singles, 1, 1, length] added to their scores; None when nothing is filled up
-    runs: list[Run]
+    prefills: list[PrefillChunk]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]."""
@@ -62,17 +62,17 @@ class Paged:
         slots = cache.flatten(2, 3)  # [2, Hkv, positions, D]
         slots[0].index_copy_(1, self.slots, k.transpose(0, 1))
         slots[1].index_copy_(1, self.slots, v.transpose(0, 1))
-        parts = [self._singles(cache, q[: self.singles])] if self.singles else []
-        for run in self.runs:
+        parts = [self._decodes(cache, q[: self.decodes])] if self.decodes else []
+        for run in self.prefills:
             keys, values = gather(cache, run.blocks, 1, run.length)
             query = q[run.rows].transpose(0, 1).unsqueeze(0)  # [1, Hq, count, D]
             parts.append(sdpa(query, keys, values, run.mask, is_causal=run.mask is None)[0].transpose(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _singles(self, cache: Tensor, q: Tensor) -> Tensor:
+    def _decodes(self, cache: Tensor, q: Tensor) -> Tensor:
         """The query heads that share a key/value head stand as that head's query positions: nothing is repeated."""
-        keys, values = gather(cache, self.table, self.singles, self.length)
-        grouped = q.view(self.singles, keys.shape[1], -1, q.shape[-1])
+        keys, values = gather(cache, self.table, self.decodes, self.length)
+        grouped = q.view(self.decodes, keys.shape[1], -1, q.shape[-1])
         return F.scaled_dot_product_attention(grouped, keys, values, self.mask).view_as(q)
 
 
@@ -118,11 +118,11 @@ class EagerRunner:
     def clear(self, blocks: Iterable[int]) -> None:
         self.cache.index_fill_(3, self._ints(blocks), 0)
 
-    def _attend(self, chunks: list[Chunk]) -> Paged:
+    def _attend(self, chunks: list[Chunk]) -> PagedAttention:
         size = self.block_size
         slots = [c.sequence.blocks[p // size] * size + p % size for c in chunks for p in c.positions]
-        singles = [c for c in chunks if c.count == 1]
-        runs, row = [], len(singles)
+        decodes = [c for c in chunks if c.count == 1]
+        prefills, row = [], len(decodes)
         for c in chunks[row:]:
             length = c.start + c.count
             mask = None
@@ -130,17 +130,17 @@ class EagerRunner:
                 seen = torch.arange(c.start, length, device=self.device)
                 mask = torch.arange(length, device=self.device) <= seen[:, None]
             blocks = self._run(c.sequence.blocks[: -(-length // size)])
-            runs.append(Run(slice(row, row + c.count), blocks, length, mask))
+            prefills.append(PrefillChunk(slice(row, row + c.count), blocks, length, mask))
             row += c.count
-        lengths = [c.start + 1 for c in singles]
+        lengths = [c.start + 1 for c in decodes]
         length = max(lengths, default=0)
         width = -(-length // size)
-        tables = [c.sequence.blocks[:width] for c in singles]
+        tables = [c.sequence.blocks[:width] for c in decodes]
         table = self._run([block for t in tables for block in (*t, *t[-1:] * (width - len(t)))])
         mask = None
         if min(lengths, default=0) < length:
             mask = length_mask(self._ints(lengths), length, self.cache.dtype)
-        return Paged(self.cache, self._ints(slots), len(singles), table, length, mask, runs)
+        return PagedAttention(self.cache, self._ints(slots), len(decodes), table, length, mask, prefills)
 
     def _run(self, blocks: list[int]) -> Tensor | slice:
         """Neighbouring blocks are read in place, others through an index."""
@@ -177,7 +177,7 @@ def _logit_rows(batch: Batch, order: list[int]) -> list[int]:
 def make_runner(model: Llama, num_blocks: int, block_size: int) -> Runner:
     """The fastest runner for where the model is."""
     if model.embed_tokens.weight.is_cuda:
-        from puna.engine.graphs import GraphRunner
+        from puna.engine.cuda_graphs import GraphRunner
 
         return GraphRunner(model, num_blocks, block_size)
     return EagerRunner(model, num_blocks, block_size)

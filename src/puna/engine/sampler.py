@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.engine.params import SamplingParams
+from puna.engine.sampling_params import SamplingParams
 from puna.errors import UserError
 
 _BLOCK = 256  # long rows are reduced in blocks: several times faster than torch's argmax and cumsum on the CPU
@@ -33,7 +33,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
 
-class NanLogits(UserError):
+class NonFiniteLogits(UserError):
     """The logits of `rows` (indices into the batch) hold NaN or infinity; the other rows are fine."""
 
     def __init__(self, rows: list[int]) -> None:
@@ -68,7 +68,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """The next token of each row.
 
     logits: [len(rows), vocab], any float dtype, any device; not changed. Works in float32 (float64 for float64).
-    Raises NanLogits, which names the rows at fault, when a row's largest logit is not finite.
+    Raises NonFiniteLogits, which names the rows at fault, when a row's largest logit is not finite.
     """
     scores = _adjust(logits, rows)
     tokens, peaks = _argmax(scores)
@@ -89,7 +89,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     found = torch.cat(parts).cpu().split([part.numel() for part in parts])  # the only wait for the device
 
     if bad := [i for i, peak in enumerate(found[1].tolist()) if not math.isfinite(peak)]:
-        raise NanLogits(bad)
+        raise NonFiniteLogits(bad)
     out = [Sampled(token, None, None) for token in found[0].long().tolist()]
     for n, (top, members) in enumerate(wanted.items()):
         chosen, ids, levels = found[2 + 3 * n : 5 + 3 * n]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
-from puna.engine.blocks import BlockPool
+from puna.engine.block_pool import BlockPool
 from puna.engine.sequence import Batch, Chunk, Request, Sequence
 
 PROMPT_LOGIT_ROWS = 256  # positions a step of a request that wants log-probabilities of its prompt: [256, vocab] logits
@@ -55,7 +55,7 @@ class Scheduler:
         for chunk in batch.chunks:
             seq = chunk.sequence
             seq.computed = chunk.start + chunk.count
-            self.pool.register(seq.tokens, seq.blocks, seq.serials, seq.computed)
+            self.pool.register(seq.tokens, seq.blocks, seq.content_ids, seq.computed)
 
     def preempt_all(self) -> None:
         """Let everything be computed anew."""
@@ -77,7 +77,7 @@ class Scheduler:
                     index=index,
                     tokens=list(seq.tokens),
                     blocks=list(seq.blocks),
-                    serials=list(seq.serials),
+                    content_ids=list(seq.content_ids),
                     logprobs=list(seq.logprobs),
                 )
             new.append(seq)
@@ -89,7 +89,7 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back."""
         self.pool.free(sequence.blocks)
-        sequence.blocks, sequence.serials, sequence.computed = [], [], 0
+        sequence.blocks, sequence.content_ids, sequence.computed = [], [], 0
 
     def remove(self, request: Request) -> None:
         """The request has ended, one way or another."""
@@ -124,7 +124,7 @@ class Scheduler:
         """Look for cached prefixes, then place what fits, provided that the whole of it could be held now."""
         for seq in request.sequences:
             if not request.wants_prompt:  # whose logits have to be made anew
-                seq.blocks, seq.serials = self.pool.match(seq.tokens)
+                seq.blocks, seq.content_ids = self.pool.match(seq.tokens)
                 seq.computed = len(seq.blocks) * self.pool.block_size
         needed = sum(-(-len(seq.tokens) // self.pool.block_size) - len(seq.blocks) for seq in request.sequences)
         hits, before = sum(seq.computed for seq in request.sequences), batch.num_tokens

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from puna.engine.params import SamplingParams
+from puna.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from puna.engine.output import TextStream
+    from puna.engine.outputs import TextStream
 
 Logprob = tuple[int, float, list[tuple[int, float]]]  # token id, its log-probability, the likeliest (id, logprob)
 
@@ -28,7 +28,7 @@ class Sequence:
     index: int = 0  # among the request's continuations
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # cache blocks, in order of position
-    serials: list[int] = field(default_factory=list)  # content ids of its leading full blocks, see BlockPool
+    content_ids: list[int] = field(default_factory=list)  # content ids of its leading full blocks, see BlockPool
     logprobs: list[Logprob] = field(default_factory=list)  # of the output
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None

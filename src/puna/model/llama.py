@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puna.model.attend import Attend
+from puna.model.attention import Attend
 from puna.model.config import ModelConfig
 from puna.model.linear import Linear
 from puna.model.rope import cos_sin, rope_frequencies, rotate
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(d, config.num_key_value_heads * head, bias)
         self.v_proj = Linear(d, config.num_key_value_heads * head, bias)
         self.o_proj = Linear(config.num_attention_heads * head, d, bias)
-        self.qkv_proj: Linear | None = None  # set by build.fuse, which then removes the three
+        self.qkv_proj: Linear | None = None  # set by model_loader.fuse, which then removes the three
         self.kv_heads = config.num_key_value_heads  # of this rank
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
@@ -109,7 +109,7 @@ class MLP(nn.Module):
         d, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj, self.up_proj = Linear(d, ffn, bias), Linear(d, ffn, bias)
         self.down_proj = Linear(ffn, d, bias)
-        self.gate_up_proj: Linear | None = None  # set by build.fuse, which then removes the two
+        self.gate_up_proj: Linear | None = None  # set by model_loader.fuse, which then removes the two
         self.kernel: Callable[[Tensor, Tensor], Tensor] = swiglu
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity

@@ -2,7 +2,7 @@
 
 Targets and modules to save are chosen as `peft` chooses them, and adapters start as there, so that either trains what
 the other began. What an adapter's tensors are called here: `model.layers.0.self_attn.q_proj.adapter.a` and `.b`; how
-they are split over ranks says `puna.model.plan`, how they are stored `puna.weights.peft`.
+they are split over ranks says `puna.model.tp_plan`, how they are stored `puna.weights.adapter`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Literal
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
-from puna.model.plan import check_tp
+from puna.model.tp_plan import check_tp
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
 METHODS = ("allgather", "ring")

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from puna.model.llama import Llama
-from puna.model.plan import chunk
+from puna.model.tp_plan import chunk
 from puna.parallel.mesh import MeshOptions, check_microbatches
-from puna.parallel.part import Loss, Part
+from puna.parallel.model_part import Loss, ModelPart
 
 Batch = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ class Pipeline:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[ModelPart],
         options: MeshOptions,
         group: dist.ProcessGroup,
         dtype: torch.dtype,

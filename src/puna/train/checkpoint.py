@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from puna.errors import UserError
-from puna.train.stored import load_state
-from puna.weights.staging import sync
+from puna.staging import sync
+from puna.train.safe_load import load_state
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
@@ -37,8 +37,8 @@ ERRORS = (Exception, CheckpointException)  # torch made the latter a BaseExcepti
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A whole checkpoint. `facts` is what `Checkpoints.save` was given beside the tensors."""
+class SavedCheckpoint:
+    """A whole checkpoint. `facts` is what `CheckpointManager.save` was given beside the tensors."""
 
     path: Path
     step: int
@@ -58,7 +58,7 @@ class _Pending:
     work: Future
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints in `folder`, which all ranks reach. Every method is a collective: all ranks call it."""
 
     def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
@@ -130,7 +130,7 @@ class Checkpoints:
         if failed is not None:
             self._failed(pending.step, failed)
 
-    def newest(self) -> Saved | None:
+    def newest(self) -> SavedCheckpoint | None:
         """The newest checkpoint that is whole, None without one. Says on stderr which ones are not, and why."""
         steps = sorted(self._steps(), reverse=True) if self.rank == 0 else []
         for step in self._gather(steps)[0]:
@@ -142,10 +142,10 @@ class Checkpoints:
                     print(f"skipping a checkpoint: {error}", file=sys.stderr)
         return None
 
-    def open(self, path: Path) -> Saved:
+    def open(self, path: Path) -> SavedCheckpoint:
         """The checkpoint at `path`, every file checked against its sum. Raises UserError when it isn't whole."""
         problem: str | None = None
-        saved: Saved | None = None
+        saved: SavedCheckpoint | None = None
         try:
             saved = read_manifest(path)
         except UserError as error:
@@ -159,11 +159,11 @@ class Checkpoints:
             raise UserError(problem or f"{path} is no checkpoint")
         return saved
 
-    def load(self, saved: Saved, state: dict[str, Any]) -> None:
+    def load(self, saved: SavedCheckpoint, state: dict[str, Any]) -> None:
         """Fill `state`, of this layout, in place."""
         load_state(saved.path, state, self.group)
 
-    def best(self) -> Saved | None:
+    def best(self) -> SavedCheckpoint | None:
         """The one with the lowest validation loss."""
         scored = [saved for saved in self._whole() if saved.score is not None]
         return min(scored, key=lambda saved: saved.score or 0.0, default=None)
@@ -201,7 +201,7 @@ class Checkpoints:
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _whole(self) -> list[Saved]:
+    def _whole(self) -> list[SavedCheckpoint]:
         """Those with a manifest that can be read."""
         found = []
         for step in self._steps():
@@ -239,14 +239,14 @@ class Checkpoints:
             dist.barrier()
 
 
-def read_manifest(path: Path) -> Saved:
+def read_manifest(path: Path) -> SavedCheckpoint:
     """What a checkpoint says of itself. Raises UserError when it is none, or one that was cut short."""
     file = path / MANIFEST
     try:
         if file.stat().st_size > MAX_MANIFEST:
             raise ValueError
         content = json.loads(file.read_bytes())
-        saved = Saved(path, int(content["step"]), dict(content["facts"]), dict(content["files"]))
+        saved = SavedCheckpoint(path, int(content["step"]), dict(content["facts"]), dict(content["files"]))
         if content["format"] != FORMAT or any(Path(name).name != name for name in saved.files):
             raise ValueError
     except FileNotFoundError:

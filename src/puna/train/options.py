@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from puna.config import group, option
+from puna.options import group, option
 
 Precision = Literal["bf16-mixed", "bf16", "fp16-mixed", "fp32", "fp64"]
 

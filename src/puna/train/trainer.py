@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puna.data.loader import Packed, PackedLoader, collate
+from puna.data.loader import PackedLoader, PackedRow, collate
 from puna.errors import UserError
 from puna.model.config import ModelConfig
-from puna.parallel.layout import Layout
-from puna.parallel.part import Head, Part
-from puna.parallel.state import get_state, set_state
-from puna.train.checkpoint import Checkpoints, Saved
+from puna.parallel.model_part import Head, ModelPart
+from puna.parallel.state_dict import get_state, set_state
+from puna.parallel.strategy import ParallelStrategy
+from puna.train.checkpoint import CheckpointManager, SavedCheckpoint
 from puna.train.flops import flops_per_token, peak_tflops, published_flops_per_token
 from puna.train.loss import VocabPart, chunked_loss
 from puna.train.monitor import Metrics, Monitor
@@ -52,29 +52,29 @@ class Trainer:
         self,
         options: TrainOptions,
         config: ModelConfig,
-        layout: Layout,
-        parts: list[Part],
+        strategy: ParallelStrategy,
+        parts: list[ModelPart],
         optimizer: torch.optim.Optimizer,
         loader: PackedLoader,
         *,
         steps: int,
         validation: PackedLoader | None = None,
     ) -> None:
-        self.options, self.config, self.layout, self.parts = options, config, layout, parts
+        self.options, self.config, self.strategy, self.parts = options, config, strategy, parts
         self.optimizer, self.loader, self.validation, self.steps = optimizer, loader, validation, steps
         self.step_number = 0  # steps done
         self.tokens = 0  # trained tokens seen
         self.scale = SCALE if options.precision == "fp16-mixed" else 1.0
         self.good = 0  # steps since the scale changed
         self.stopped: Stopped | None = None
-        trained = sum(p.numel() for p in layout.parameters(parts).values() if p.requires_grad)
-        share = trained / max(1, sum(p.numel() for p in layout.parameters(parts).values()))
+        trained = sum(p.numel() for p in strategy.parameters(parts).values() if p.requires_grad)
+        share = trained / max(1, sum(p.numel() for p in strategy.parameters(parts).values()))
         seq_len = options.data.seq_len
         self.flops = flops_per_token(config, seq_len, trained=share), published_flops_per_token(config, seq_len)
-        device = torch.cuda.get_device_name(layout.device) if layout.device.type == "cuda" else ""
+        device = torch.cuda.get_device_name(strategy.device) if strategy.device.type == "cuda" else ""
         self.peak = options.log.peak_tflops or peak_tflops(device)
 
-    def fit(self, monitor: Monitor, checkpoints: Checkpoints) -> None:
+    def fit(self, monitor: Monitor, checkpoints: CheckpointManager) -> None:
         """Train from where the run stands to its last step, or until a signal; the last checkpoint is there after."""
         every = self.options.checkpoint.every
         with self._signals():
@@ -99,20 +99,20 @@ class Trainer:
     def step(self, monitor: Monitor) -> Metrics:
         """One optimizer step. Raises UserError where the loss is no number and `on_nan` is stop."""
         start, number = time.perf_counter(), self.step_number
-        rows = self.loader.next_batch(self.options.batch_size // self.layout.data_size)
+        rows = self.loader.next_batch(self.options.batch_size // self.strategy.data_size)
         self._check(rows)
         batches = self._batches(rows)
         self._seed(number)
         lr = learning_rate(self.options.schedule, self.options.optim.lr, number, self.steps)
         with monitor.watch(number + 1, self.names(rows)):
-            total, count, z = self.layout.step(self.parts, batches, self.loss, scale=self.scale).tolist()
+            total, count, z = self.strategy.step(self.parts, batches, self.loss, scale=self.scale).tolist()
             tokens = max(1, round(count))
-            norm = self.layout.grad_norm(self.parts) / (tokens * self.scale)
+            norm = self.strategy.grad_norm(self.parts) / (tokens * self.scale)
         updated = math.isfinite(total) and math.isfinite(norm)
         if updated:
             clip = self.options.optim.clip
             factor = min(1.0, clip / norm) if clip and norm else 1.0
-            self.layout.scale_grads(self.parts, factor / (tokens * self.scale))
+            self.strategy.scale_grads(self.parts, factor / (tokens * self.scale))
             set_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -122,7 +122,7 @@ class Trainer:
             self._not_a_number(monitor, rows, total)
         self.tokens += tokens
         seconds = time.perf_counter() - start
-        each = len(rows) * self.layout.data_size * self.options.data.seq_len / seconds / self.layout.size
+        each = len(rows) * self.strategy.data_size * self.options.data.seq_len / seconds / self.strategy.size
         weight = self.options.optim.z_loss
         metrics: Metrics = {
             "step": self.step_number,
@@ -153,11 +153,11 @@ class Trainer:
         total = count = 0.0
         rows_at_once = self.options.micro_batch_size
         done = 0
-        for rows in self.validation.one_pass(rows_at_once):
+        for rows in self.validation.validation_batches(rows_at_once):
             self._check(rows, self.validation)
-            loss, tokens, _ = self.layout.evaluate(self.parts, self._batches(rows), self.loss).tolist()
+            loss, tokens, _ = self.strategy.evaluate(self.parts, self._batches(rows), self.loss).tolist()
             total, count = total + loss, count + tokens
-            done += rows_at_once * self.layout.data_size
+            done += rows_at_once * self.strategy.data_size
             if done >= self.options.eval_rows:
                 break
         return total / max(1.0, count)
@@ -173,7 +173,7 @@ class Trainer:
 
     # Saving and going on
 
-    def save(self, checkpoints: Checkpoints, validation_loss: float | None = None) -> None:
+    def save(self, checkpoints: CheckpointManager, validation_loss: float | None = None) -> None:
         """Begin a checkpoint of where the run stands."""
         facts = {
             "validation_loss": validation_loss,
@@ -187,7 +187,7 @@ class Trainer:
         }
         checkpoints.save(self.step_number, for_disk(get_state(self.parts, self.optimizer)), facts)
 
-    def resume(self, checkpoints: Checkpoints, saved: Saved) -> None:
+    def resume(self, checkpoints: CheckpointManager, saved: SavedCheckpoint) -> None:
         """Go on from a checkpoint. Raises UserError when it is one of another model or other data."""
         mine = self.facts()
         for what, theirs in ((name, saved.facts.get(name)) for name in mine):
@@ -216,7 +216,7 @@ class Trainer:
 
     # Parts of a step
 
-    def _batches(self, rows: Sequence[Packed]) -> list[dict[str, Tensor]]:
+    def _batches(self, rows: Sequence[PackedRow]) -> list[dict[str, Tensor]]:
         """Microbatches as tensors; rows of one document each need no `documents`, plain causal attention does."""
         size = self.options.micro_batch_size
         batches = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
@@ -225,7 +225,7 @@ class Trainer:
                 del batch["documents"]
         return batches
 
-    def _check(self, rows: Sequence[Packed], loader: PackedLoader | None = None) -> None:
+    def _check(self, rows: Sequence[PackedRow], loader: PackedLoader | None = None) -> None:
         """An id beyond the vocabulary would be read from foreign memory on a GPU."""
         for row in rows:
             if row.ids.max() >= self.config.vocab_size:
@@ -239,8 +239,8 @@ class Trainer:
 
         Ranks of one tensor-parallel group hold the same activations, and so must draw the same.
         """
-        place = (self.layout.data_rank * self.layout.options.cp + self.layout.cp) * self.layout.options.pp
-        torch.manual_seed((self.options.seed * 1_000_003 + step) * 65_537 + place + self.layout.pp)
+        place = (self.strategy.data_rank * self.strategy.options.cp + self.strategy.cp) * self.strategy.options.pp
+        torch.manual_seed((self.options.seed * 1_000_003 + step) * 65_537 + place + self.strategy.pp)
 
     def _rescale(self, updated: bool) -> None:
         """Dynamic scaling of float16's loss, as torch.amp.GradScaler's."""
@@ -252,7 +252,7 @@ class Trainer:
         elif self.good == SCALE_STEPS:
             self.scale, self.good = self.scale * 2, 0
 
-    def _not_a_number(self, monitor: Monitor, rows: Sequence[Packed], total: float) -> None:
+    def _not_a_number(self, monitor: Monitor, rows: Sequence[PackedRow], total: float) -> None:
         number = self.step_number
         if math.isfinite(total) and self.options.precision == "fp16-mixed" and self.scale > 1:
             monitor.note(f"step {number}: gradients beyond float16, left out; the loss is now scaled by {self.scale:g}")
@@ -266,22 +266,22 @@ class Trainer:
             )
         monitor.note(f"{text}; left out")
 
-    def _culprits(self, rows: Sequence[Packed]) -> str:
+    def _culprits(self, rows: Sequence[PackedRow]) -> str:
         """Names of the rows whose loss alone is no number; all of the step's where none is."""
         size = self.options.micro_batch_size
-        bad: list[Packed] = []
+        bad: list[PackedRow] = []
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
-            if not math.isfinite(self.layout.evaluate(self.parts, self._batches(some), self.loss)[0]):
+            if not math.isfinite(self.strategy.evaluate(self.parts, self._batches(some), self.loss)[0]):
                 bad += some
         names = [self.names(bad or rows)]
-        if self.layout.mesh is not None:
-            every: list[Any] = [None] * self.layout.size
+        if self.strategy.mesh is not None:
+            every: list[Any] = [None] * self.strategy.size
             dist.all_gather_object(every, names[0])
             names = list(dict.fromkeys(every))
         return "; ".join(names)
 
-    def names(self, rows: Sequence[Packed], loader: PackedLoader | None = None) -> str:
+    def names(self, rows: Sequence[PackedRow], loader: PackedLoader | None = None) -> str:
         """The samples of rows as "store: numbers"."""
         datasets = (loader or self.loader).datasets
         found: dict[int, list[int]] = {}
@@ -296,13 +296,13 @@ class Trainer:
 
     def _memory(self) -> float:
         """Peak memory of this device, GB."""
-        if self.layout.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.layout.device) / 1e9
+        if self.strategy.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.strategy.device) / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    def _agree(self, checkpoints: Checkpoints) -> bool:
+    def _agree(self, checkpoints: CheckpointManager) -> bool:
         """Whether all ranks have written their part of a save; and if any was told to stop, all stop here."""
-        if self.layout.mesh is None:
+        if self.strategy.mesh is None:
             return checkpoints.poll()
         signals = self.stopped.signal if self.stopped else 0
         flags = torch.tensor([signals, int(not checkpoints.poll())])

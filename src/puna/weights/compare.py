@@ -17,10 +17,10 @@ from torch import Tensor
 
 from puna.errors import UserError
 from puna.progress import meter
-from puna.text import Tokenizer
-from puna.weights.proof import PROBES, as_stored, bit_equal
-from puna.weights.source import Source
-from puna.weights.streamed import trace
+from puna.tokenizer import Tokenizer
+from puna.weights.checkpoint import Checkpoint
+from puna.weights.layerwise import trace
+from puna.weights.verification import PROBES, as_stored, bit_equal
 
 QUANTISED_TOLERANCE = 0.02  # Q8_0 is within 0.01 of its source, 4-bit types are around 0.08
 CHUNK = 1 << 21  # elements compared at a time, in float64
@@ -80,7 +80,7 @@ class Report:
         return not any(found)
 
 
-def compare(a: Source, b: Source, tolerance: float | None = None, *, logits: bool = True) -> Report:
+def compare(a: Checkpoint, b: Checkpoint, tolerance: float | None = None, *, logits: bool = True) -> Report:
     """Compares config, tensors, tokenizer, and with `logits` what each layer computes for probe texts.
 
     `tolerance`: the relative difference up to which a tensor counts as the same; None is 0, and 0.02 when one of the
@@ -109,7 +109,7 @@ def compare(a: Source, b: Source, tolerance: float | None = None, *, logits: boo
     return report
 
 
-def quantised(source: Source) -> bool:
+def quantised(source: Checkpoint) -> bool:
     return bool(source.details.get("quantised"))
 
 
@@ -144,7 +144,7 @@ def _rendered(tokenizer: Tokenizer) -> str:
         return f"refused: {error}"
 
 
-def _compare_tensors(a: Source, b: Source, report: Report) -> None:
+def _compare_tensors(a: Checkpoint, b: Checkpoint, report: Report) -> None:
     report.only_a = [name for name in a.tensors if name not in b.tensors]
     report.only_b = [name for name in b.tensors if name not in a.tensors]
     common = [name for name in a.tensors if name in b.tensors]
@@ -195,7 +195,7 @@ def _largest(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
-def _compare_layers(a: Source, b: Source, ids: Tensor, report: Report) -> None:
+def _compare_layers(a: Checkpoint, b: Checkpoint, ids: Tensor, report: Report) -> None:
     """Runs both side by side. Where one is the other rounded, so is the other, and what they compute must be equal."""
     narrow = {name: narrower(a.tensors[name].dtype, b.tensors[name].dtype) for name in report.rounded}
     stored = [as_stored(source, lambda name, rows: rows.to(narrow.get(name, rows.dtype))) for source in (a, b)]
@@ -225,6 +225,6 @@ def _probe_ids(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:
     return torch.tensor([(ids * PROBE_TOKENS)[:PROBE_TOKENS] for ids in texts])
 
 
-def _describe(source: Source) -> str:
+def _describe(source: Checkpoint) -> str:
     kinds = "+".join(source.details["types"]) if quantised(source) else source.hf_config["torch_dtype"]
     return f"{source.path} ({source.format}, {kinds})"

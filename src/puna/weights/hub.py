@@ -25,7 +25,7 @@ from puna.model.presets import PRESETS
 from puna.progress import meter
 
 if TYPE_CHECKING:
-    from puna.options import PullOptions
+    from puna.option_sets import PullOptions
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
-from puna.text import Tokenizer
-from puna.weights.hf import EMBEDDING, OUTPUT
-from puna.weights.peft import Adapter, check_adapter
-from puna.weights.source import Index, Source, TensorInfo, check_tensors, in_model_order
+from puna.tokenizer import Tokenizer
+from puna.weights.adapter import Adapter, check_adapter
+from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, check_tensors, in_model_order
+from puna.weights.formats.hf import EMBEDDING, OUTPUT
 
 BLOCK = 256  # rows of a weight whose update is computed at once
 
 
-def replaced(source: Source, adapter: Adapter) -> Source:
+def replaced(source: Checkpoint, adapter: Adapter) -> Checkpoint:
     """`source` with the tensors that the adapter carries whole, its vocabulary and its tokenizer; without the updates.
 
     An output layer that was tied to the embedding is a matrix of its own where the adapter makes them differ. Raises
@@ -56,7 +56,7 @@ def replaced(source: Source, adapter: Adapter) -> Source:
     return result
 
 
-def merge(source: Source, adapter: Adapter) -> Source:
+def merge(source: Checkpoint, adapter: Adapter) -> Checkpoint:
     """`source` with the adapter merged into it. What an update was added to is float32, or float64 as the base."""
     base = replaced(source, adapter)
     if base.config.tie_word_embeddings and "lm_head" in adapter.modules:
@@ -77,7 +77,7 @@ def merge(source: Source, adapter: Adapter) -> Source:
     return dataclasses.replace(base, tensors=tensors, reader=read)
 
 
-def _sum(base: Source, adapter: Adapter, module: str, info: TensorInfo, index: Index | None) -> Tensor:
+def _sum(base: Checkpoint, adapter: Adapter, module: str, info: TensorInfo, index: Index | None) -> Tensor:
     """(W + scale * B A)[index]. In fixed blocks of whole rows, so that a number is the same bits in any slice of it."""
     a, b = (adapter.read(f"{module}.adapter.{side}").to(info.dtype) for side in "ab")
     scale = adapter.options.scale_of(module)
@@ -95,7 +95,7 @@ def _sum(base: Source, adapter: Adapter, module: str, info: TensorInfo, index: I
     return torch.cat(parts) if parts else base.read(f"{module}.weight", index).to(info.dtype)
 
 
-def _config(source: Source, adapter: Adapter) -> ModelConfig:
+def _config(source: Checkpoint, adapter: Adapter) -> ModelConfig:
     """The base's shape with the adapter's vocabulary, and untied where the adapter makes the two ends differ."""
     config, whole = source.config, adapter.whole
     sizes = [info.shape[0] for name, info in whole.items() if name in (EMBEDDING, OUTPUT)]
@@ -114,7 +114,7 @@ def _config(source: Source, adapter: Adapter) -> ModelConfig:
     return dataclasses.replace(config, vocab_size=vocab_size, tie_word_embeddings=tied)
 
 
-def _untied(base: Source) -> Source:
+def _untied(base: Checkpoint) -> Checkpoint:
     config = dataclasses.replace(base.config, tie_word_embeddings=False)
     return dataclasses.replace(
         base,
@@ -125,7 +125,7 @@ def _untied(base: Source) -> Source:
     )
 
 
-def _tokenizer(source: Source, adapter: Adapter, vocab_size: int) -> Tokenizer | None:
+def _tokenizer(source: Checkpoint, adapter: Adapter, vocab_size: int) -> Tokenizer | None:
     """The one saved with the adapter, whose template it was trained with; the base's when that has too many tokens."""
     own = adapter.tokenizer()
     if own is not None and own.vocab_size <= vocab_size:

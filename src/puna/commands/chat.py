@@ -1,0 +1,173 @@
+"""`puna chat`: a conversation on the terminal or through a pipe. Answers go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from puna.engine.sampling_params import SamplingParams
+from puna.errors import UserError, nearest
+from puna.llm import LLM
+from puna.option_sets import ChatOptions, loading, sampling
+
+Message = dict[str, str]
+LEAVE, START_OVER = ("q", "quit", "exit"), ("clear", "new")
+HELP = """q, quit, exit   leave (Ctrl-D too; Ctrl-C stops an answer)
+clear, new      start over
+/system TEXT    set the system message and start over; without TEXT take it away
+/help           this list"""
+COMMANDS = (*LEAVE, *START_OVER, "system", "help")
+
+
+def run(options: ChatOptions) -> int:
+    """Talks until the user leaves or the input ends."""
+    given = sampling(options)
+    for name in ("n", "num_beams", "logprobs", "prompt_logprobs"):
+        if name in given:
+            raise UserError(f"puna chat streams one answer and has no use for --{name.replace('_', '-')}; leave it out")
+    with LLM(**loading(options)) as llm:
+        terminal = sys.stdin.isatty()
+        if terminal:
+            _note("Type a message, /help for the commands, q to leave.")
+        Chat(llm, llm.defaults.merged(given), options.system, options.verbose, terminal).talk(_reader(terminal))
+    return 0
+
+
+class Chat:
+    """The messages so far and what is done with each new line."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, verbose: bool, terminal: bool) -> None:
+        self.llm, self.params, self.verbose, self.terminal = llm, params, verbose, terminal
+        self.messages: list[Message] = []
+        self.start_over(system)
+
+    def start_over(self, system: str | None) -> None:
+        self.system = system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def talk(self, read: Callable[[], str]) -> None:
+        """Answers line after line until a word to leave or the end of the input."""
+        while True:
+            try:
+                line = read().strip()
+            except EOFError:
+                return
+            if line in LEAVE or line.removeprefix("/") in LEAVE:
+                return
+            if not line or self.command(line):
+                continue
+            try:
+                self.answer(line)
+            except UserError as error:
+                if not self.terminal:
+                    raise
+                self.messages.pop()
+                _note(f"puna: {error}")
+
+    def command(self, line: str) -> bool:
+        """Whether `line` was a command, which is then done."""
+        if line.removeprefix("/") in START_OVER:
+            self.start_over(self.system)
+            _note("A new conversation.")
+            return True
+        match = re.fullmatch(r"/(\w+)(?:\s+(.*))?", line, re.DOTALL)
+        if not match:
+            return False
+        name, text = match.groups()
+        if name == "system":
+            self.start_over(text)
+            _note("The system message is set." if text else "There is no system message.")
+        elif name == "help":
+            _note(HELP)
+        else:
+            _note(f"There is no command /{name}{nearest(name, COMMANDS)} (see /help).")
+        return True
+
+    def answer(self, line: str) -> None:
+        """Streams the answer to `line` to stdout and remembers both; Ctrl-C keeps what has come so far."""
+        self.messages.append({"role": "user", "content": line})
+        prompt_tokens, params = self.fit()
+        start, first, tokens, text = time.perf_counter(), 0.0, 0, ""
+        pieces = self.llm.stream(self.messages, params)
+        with _ctrl_c() as pressed:
+            for piece in pieces:
+                first = first or time.perf_counter() - start
+                tokens += len(piece.token_ids)
+                text += piece.text
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                if pressed:
+                    break
+        pieces.close()  # aborts the request when it was stopped
+        print(flush=True)
+        if pressed:
+            if not self.terminal or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun was told too, and ends all
+                raise KeyboardInterrupt
+            _note("[stopped]")
+        self.messages.append({"role": "assistant", "content": text})
+        if self.verbose:
+            seconds = time.perf_counter() - start
+            rate = (tokens - 1) / (seconds - first) if tokens > 1 and seconds > first else 0.0
+            _note(f"[{prompt_tokens} + {tokens} tokens, first after {first:.2f} s, then {rate:.1f} tokens/s]")
+
+    def fit(self) -> tuple[int, SamplingParams]:
+        """Drops the oldest turns until the prompt leaves room for an answer; how long it is then, and what to ask."""
+        limit = self.llm.max_model_len
+        room = min(self.params.max_tokens or limit // 4, limit // 2)
+        dropped = 0
+        while True:
+            length = len(self.llm.encode(self.messages)[0])
+            first = 1 if self.system else 0
+            if length + room <= limit or len(self.messages) <= first + 1:
+                break
+            del self.messages[first : first + 2]  # a question and its answer
+            dropped += 2
+        if dropped:
+            _note(f"The chat outgrew the context of {limit} tokens: its oldest {dropped} messages were dropped.")
+        most = max(limit - length, 1)
+        return length, replace(self.params, max_tokens=min(self.params.max_tokens or most, most))
+
+
+def _reader(terminal: bool) -> Callable[[], str]:
+    """Reads a line, with editing and arrow-key history on a terminal; raises EOFError at the end."""
+    if not terminal:
+
+        def read_line() -> str:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            return line
+
+        return read_line
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr))
+    return lambda: session.prompt("> ")
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[bool]]:
+    """Collects Ctrl-C instead of raising it in the middle of an engine step; a second one is raised as usual."""
+    pressed: list[bool] = []
+
+    def press(signum: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,243 @@
+"""`puna train`: from a run's options to a trainer, and from its end to a checkpoint that every other verb reads."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from puna import __version__
+from puna.data.indexed_dataset import open_dataset
+from puna.data.loader import PackedLoader
+from puna.errors import UserError
+from puna.model.config import ModelConfig
+from puna.model.llama import Llama
+from puna.model.lora import LoraOptions, add_lora, initial
+from puna.model.presets import PRESETS
+from puna.model_loader import random_reader
+from puna.options import to_yaml
+from puna.parallel.mesh import MeshOptions, check_batch
+from puna.parallel.strategy import ParallelStrategy
+from puna.tokenizer import Tokenizer
+from puna.train.checkpoint import CheckpointManager
+from puna.train.monitor import Monitor, read_metrics
+from puna.train.optim import check_optim, make_optimizer
+from puna.train.options import TrainOptions
+from puna.train.report import environment, write_report
+from puna.train.save_model import Origin, export
+from puna.train.schedule import check_schedule
+from puna.train.trainer import Trainer
+from puna.weights.checkpoint import Checkpoint, open_checkpoint
+
+# precision -> type of trained weights, type of products where it is another
+TYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "fp16-mixed": (torch.float32, torch.float16),
+    "bf16": (torch.bfloat16, None),
+    "fp32": (torch.float32, None),
+    "fp64": (torch.float64, None),
+}
+Read = Callable[[str, tuple[slice, ...]], Tensor]
+
+
+def run(options: TrainOptions) -> int:
+    """The verb. Prints where the result is; 128 + the signal's number when one ended the run before its last step."""
+    check(options)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    strategy = ParallelStrategy.start(MeshOptions(**asdict(options.mesh)), device)
+    try:
+        with strategy.watch_ranks():
+            return _train(options, strategy)
+    finally:
+        strategy.close()
+
+
+def check(options: TrainOptions) -> None:
+    """Raises UserError for values that cannot be meant."""
+    positive = {"batch_size": options.batch_size, "micro_batch_size": options.micro_batch_size,
+                "data.seq_len": options.data.seq_len, "loss_chunk": options.loss_chunk}  # fmt: skip
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}.")
+    if options.steps is not None and options.steps < 1 or options.epochs <= 0:
+        raise UserError("steps must be at least 1, epochs above 0.")
+    if options.data.weights and len(options.data.weights) != len(options.data.train):
+        raise UserError("data.weights needs a number for every store of data.train.")
+    if options.model.weights == "random" and options.lora.rank:
+        raise UserError("lora.rank trains adapters of a checkpoint, not of random weights; set it to 0.")
+    check_optim(options.optim)
+    check_schedule(options.schedule, options.optim.lr)
+
+
+def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
+    check_optim(options.optim, strategy.size)
+    origin, source = _origin(options)
+    seq_len = options.data.seq_len
+    if seq_len > origin.config.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len {seq_len} is longer than the model's context of {origin.config.max_position_embeddings}."
+        )
+    check_batch(strategy.options, options.batch_size, options.micro_batch_size, seq_len)
+    loader = _loader(options, strategy, options.data.train, options.data.weights, origin.tokenizer)
+    steps = options.steps or max(1, math.ceil(options.epochs * loader.epoch_rows / options.batch_size))
+    held_out = options.data.validation
+    validation = _loader(options, strategy, held_out, (), origin.tokenizer) if held_out else None
+    lora = _lora(options)
+    parts = _parts(options, strategy, origin.config, source, lora)
+    if source is not None:
+        source.close()
+    optimizer = make_optimizer(strategy.parameters(parts), options.optim)
+    trainer = Trainer(options, origin.config, strategy, parts, optimizer, loader, steps=steps, validation=validation)
+    checkpoints = CheckpointManager(
+        options.out / "checkpoints", keep=options.checkpoint.keep, asynchronous=options.checkpoint.asynchronous
+    )
+    _resume(options, trainer, checkpoints)
+    monitor = Monitor(options.out, options.log, steps, step=trainer.step_number, speaks=strategy.is_first)
+    config = to_yaml(options)
+    trained = strategy.trained(parts)
+    if strategy.is_first:
+        (options.out / "config.yaml").write_text(config, encoding="utf-8")
+        shown = sum(math.prod(shape) for shape in origin.config.tensors().values())
+        monitor.note(
+            f"{origin.name}: {shown:,} parameters, {trained:,} trained; {steps:,} steps of"
+            f" {options.batch_size * seq_len:,} tokens; an epoch is {loader.epoch_rows:,} rows of {seq_len:,}"
+        )
+    try:
+        trainer.fit(monitor, checkpoints)
+    finally:
+        monitor.close()
+        checkpoints.close()
+        if strategy.is_first:
+            write_report(options.out, read_metrics(options.out), config, environment(strategy.size, strategy.device))
+    if trainer.stopped is not None:
+        if strategy.is_first:
+            print(
+                f"stopped after step {trainer.step_number} of {steps}, which is saved; the same command goes on there.",
+                file=sys.stderr,
+            )
+        return 128 + trainer.stopped.signal
+    dtype = getattr(torch, options.checkpoint.export_dtype)
+    said = {"puna": __version__, "base": origin.name, "step": trainer.step_number, "tokens": trainer.tokens}
+    print(export(strategy, parts, origin, options.out, dtype, said, lora))
+    return 0
+
+
+def _origin(options: TrainOptions) -> tuple[Origin, Checkpoint | None]:
+    """What the run starts from, and the open checkpoint that weights are read from."""
+    asked = options.model
+    source = None if asked.name in PRESETS and asked.weights == "random" else _open(asked.name, asked.revision)
+    tokenizer = source.tokenizer() if source is not None else None
+    if asked.tokenizer is not None:
+        path = Path(asked.tokenizer).expanduser()
+        tokenizer = Tokenizer.load(path) if path.exists() else _open(asked.tokenizer, None).tokenizer()
+    if source is not None and asked.weights == "auto":
+        if asked.vocab_size is not None or asked.context is not None:
+            raise UserError("model.vocab_size and model.context are for random weights; a checkpoint has its own.")
+        return Origin(asked.name, source.config, source.hf_config, source.generation, tokenizer), source
+    config = PRESETS[asked.name] if source is None else source.config
+    if source is not None:
+        source.close()
+    config = replace(
+        config,
+        vocab_size=asked.vocab_size or config.vocab_size,
+        max_position_embeddings=asked.context or config.max_position_embeddings,
+    )
+    if tokenizer is not None:
+        tokenizer.check_fits(config.vocab_size)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+    hf_config = config.to_hf() | {name: index for name, index in ids.items() if index is not None}
+    hf_config["torch_dtype"] = options.checkpoint.export_dtype
+    return Origin(asked.name, config, hf_config, {}, tokenizer), None
+
+
+def _open(name: str, revision: str | None) -> Checkpoint:
+    try:
+        return open_checkpoint(name, revision=revision)
+    except UserError as error:
+        if name in PRESETS:
+            raise UserError(f"{name} is a shape without weights here: add model.weights: random.") from None
+        raise error
+
+
+def _loader(
+    options: TrainOptions,
+    strategy: ParallelStrategy,
+    prefixes: tuple[str, ...],
+    weights: tuple[float, ...],
+    tokenizer: Tokenizer | None,
+) -> PackedLoader:
+    datasets = [open_dataset(prefix) for prefix in prefixes]
+    if not datasets:
+        raise UserError("data.train names no token data; puna data prepare makes some.")
+    if tokenizer is not None:
+        for dataset in datasets:
+            dataset.check_tokenizer(tokenizer)
+    return PackedLoader(
+        list(zip(datasets, weights or [None] * len(datasets), strict=True)),
+        options.data.seq_len,
+        options.data.seed,
+        packing=options.data.packing,
+        long=options.data.long,
+        rank=strategy.data_rank,
+        size=strategy.data_size,
+    )
+
+
+def _lora(options: TrainOptions) -> LoraOptions | None:
+    return LoraOptions(**asdict(options.lora)) if options.lora.rank else None
+
+
+def _parts(
+    options: TrainOptions,
+    strategy: ParallelStrategy,
+    config: ModelConfig,
+    source: Checkpoint | None,
+    lora: LoraOptions | None,
+) -> list:
+    """The model as this layout holds it, with its first weights."""
+    dtype, compute = TYPES[options.precision]
+    with torch.device("meta"):
+        model = Llama(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if lora is not None:
+        add_lora(model, lora, seed=options.seed)
+        shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters() if ".adapter." in name}
+    parts = strategy.prepare(
+        model,
+        dtype=dtype,
+        compute_dtype=compute,
+        recompute_blocks=options.recompute,
+        compile_blocks=options.compile,
+    )
+    read: Read = source.read if source is not None else random_reader(config, torch.float32, "cpu", options.seed)
+
+    def read_any(name: str, index: tuple[slice, ...]) -> Tensor:
+        if ".adapter." in name:
+            shape = shapes.get(name) or shapes[f"model.{name}"]
+            return initial(name, shape, options.seed)[index]
+        return read(name, index)
+
+    strategy.load(parts, read_any)
+    return parts
+
+
+def _resume(options: TrainOptions, trainer: Trainer, checkpoints: CheckpointManager) -> None:
+    """Go on where `options.resume` says, and say what was found."""
+    if options.resume == "never":
+        if any(checkpoints.folder.glob("step-*")):
+            raise UserError(f"{options.out} holds checkpoints of an earlier run: choose another --out, or resume it.")
+        return
+    saved = checkpoints.newest() if options.resume == "auto" else checkpoints.open(Path(options.resume))
+    if saved is None:
+        return
+    trainer.resume(checkpoints, saved)
+    if trainer.strategy.is_first:
+        score = "" if saved.score is None else f", validation loss {saved.score:.4f}"
+        print(f"going on from {saved.path}: step {saved.step} of {trainer.steps}{score}", file=sys.stderr)

@@ -1,5 +1,0 @@
-"""Text in and out of a checkpoint: tokenizer, BOS rule, chat template and stop list as one object."""
-
-from puna.text.tokenizer import Stream, Tokenizer
-
-__all__ = ["Stream", "Tokenizer"]

@@ -1,0 +1,242 @@
+"""SentencePiece vocabularies: the `tokenizer.model` of LLaMA 1 and 2, and llama2.c's `tok*.bin`.
+
+SentencePiece merges the neighbours whose union has the best score. The `tokenizers` library merges by a list of pairs,
+so the pairs are recovered from the scores: every way to split a piece in two, best piece first (as transformers does).
+Control, byte and unused pieces never come out of a merge: text that spells `</s>` must not become the token.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from puna.errors import UserError
+from puna.tokenizer.spec import TokenizerSpec, add_tokens, read_bytes, set_ends
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto; GGUF uses the same
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "▁"
+
+
+class Piece(NamedTuple):
+    text: str
+    score: float
+    type: int
+
+
+def read_spm(path: str | Path, *, legacy: bool = True, prefix_space: bool | None = None) -> TokenizerSpec:
+    """Read a SentencePiece BPE model (`ModelProto`).
+
+    `legacy` puts the dummy space before every stretch of text between special tokens, as Meta's code and transformers'
+    `legacy=True` do; otherwise only the start of the whole text gets it. `prefix_space` overrides the model's own rule.
+    """
+    data = read_bytes(Path(path))
+    try:
+        pieces, trainer, normalizer = _parse(data)
+    except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path} is not a whole SentencePiece model; fetch it again.") from error
+    if not pieces:
+        raise UserError(f"{path} holds no pieces, so it is not a SentencePiece model.")
+    if trainer.get(3, 1) != 2:
+        kind = {1: "unigram", 3: "word", 4: "char"}.get(int(trainer.get(3, 1)), "unknown")
+        raise UserError(f"{path} is a SentencePiece model of type {kind}; puna reads BPE, which the LLaMA family uses.")
+    prefix = bool(normalizer.get(3, 1)) if prefix_space is None else prefix_space
+    before: list[normalizers.Normalizer] = []
+    charsmap = normalizer.get(2)
+    if isinstance(charsmap, bytes) and charsmap:
+        try:
+            before.append(normalizers.Precompiled(charsmap))
+        except Exception as error:  # the library raises a bare Exception for a bad map
+            raise UserError(f"The character map in {path} is broken; fetch the file again.") from error
+    if normalizer.get(4, 1):
+        before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+
+    def name(field: int, default: int) -> str | None:
+        index = _signed(int(trainer.get(field, default)))
+        return pieces[index].text if 0 <= index < len(pieces) else None
+
+    parts = TokenizerSpec(
+        build(pieces, prefix=prefix, legacy=legacy, before=before),
+        bos=name(41, 1),
+        eos=name(42, 2),
+        unk=name(40, 0),
+        pad=name(43, -1),
+        add_bos=True,
+        scores=[piece.score for piece in pieces],
+        files={"tokenizer.model": data},
+    )
+    set_ends(parts)
+    return parts
+
+
+def read_llama2c(path: str | Path) -> TokenizerSpec:
+    """Read llama2.c's tokenizer: an int32 (longest piece), then per piece float32 score, int32 length, UTF-8 bytes."""
+    data, pieces, at = read_bytes(Path(path)), list[Piece](), 4
+    try:
+        while at < len(data):
+            score, length = struct.unpack_from("<fi", data, at)
+            at += 8 + length
+            if not 0 <= length <= len(data) or at > len(data):
+                raise ValueError
+            pieces.append(_llama2c_piece(len(pieces), data[at - length : at].decode(), score))
+    except (struct.error, ValueError) as error:
+        raise UserError(f"{path} is not a whole llama2.c tokenizer; fetch it again.") from error
+    if len(pieces) < 259:
+        raise UserError(f"{path} holds {len(pieces)} pieces, but a llama2.c tokenizer has at least 259.")
+    parts = TokenizerSpec(
+        build(pieces), bos="<s>", eos="</s>", unk="<unk>", add_bos=True, scores=[p.score for p in pieces]
+    )
+    set_ends(parts)
+    return parts
+
+
+def _llama2c_piece(index: int, text: str, score: float) -> Piece:
+    # llama2.c writes spaces for ▁ and wraps BOS and EOS in newlines, so that printing a story looks right.
+    special = {0: ("<unk>", UNKNOWN), 1: ("<s>", CONTROL), 2: ("</s>", CONTROL)}
+    if index in special:
+        return Piece(special[index][0], score, special[index][1])
+    return Piece(text.replace(" ", SPACE), score, BYTE if BYTE_PIECE.fullmatch(text) else NORMAL)
+
+
+def build(
+    pieces: list[Piece], *, prefix: bool = True, legacy: bool = True, before: list[normalizers.Normalizer] | None = None
+) -> tokenizers.Tokenizer:
+    """The backend of a SentencePiece BPE vocabulary. `before`: normalizers that run ahead of the handling of spaces."""
+    added = [
+        (piece.text, piece.type != USER_DEFINED) for piece in pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    # Added tokens after the last ordinary piece stay out of the model, as they do in Hugging Face files.
+    size = max((i + 1 for i, piece in enumerate(pieces) if piece.type in (NORMAL, UNUSED, BYTE, UNKNOWN)), default=0)
+    vocab = {piece.text: i for i, piece in enumerate(pieces[:size])}
+    if len({piece.text for piece in pieces}) != len(pieces):
+        raise UserError("The tokenizer has the same piece under two ids; fetch it again.")
+    unknown = next((piece.text for piece in pieces if piece.type == UNKNOWN), None)
+    model = models.BPE(
+        vocab=vocab,
+        merges=merges(pieces),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=sum(piece.type == BYTE for piece in pieces) == 256,
+    )
+    backend = tokenizers.Tokenizer(model)
+    steps = list(before or [])
+    if legacy:
+        steps += [normalizers.Prepend(SPACE)] if prefix else []
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    else:
+        if steps:
+            backend.normalizer = normalizers.Sequence(steps)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first" if prefix else "never", split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    add_tokens(backend, added)
+    return backend
+
+
+def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
+    """The merge list that orders pairs as the scores do; the pairs of one piece stand in the order of their ids."""
+    ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type == NORMAL}
+    found = []
+    for text, index in ids.items():
+        pairs = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in ids and text[i:] in ids]
+        pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        found += [(pieces[index].score, *pair) for pair in pairs]
+    found.sort(key=lambda merge: merge[0], reverse=True)  # stable, so this is the list in Llama 2's own tokenizer.json
+    return [(left, right) for _, left, right in found]
+
+
+def scores(vocab: dict[str, int], pairs: list[tuple[str, str]], special: set[str]) -> dict[str, float]:
+    """The reverse of `merges`: piece -> score, 0 for pieces that no pair makes.
+
+    UserError where no scores give the same order, that is, where SentencePiece would merge what the list doesn't.
+    """
+    order: dict[str, float] = {}
+    last = None
+    for left, right in pairs:
+        whole = left + right
+        if whole in order and whole != last:
+            raise _no_scores()
+        last = whole
+        order.setdefault(whole, -float(len(order)))
+    known = set(pairs)
+    ordinary = {text for text in vocab if text not in special and not BYTE_PIECE.fullmatch(text)}
+    for text in ordinary:
+        for i in range(1, len(text)):
+            pair = (text[:i], text[i:])
+            if pair[0] in ordinary and pair[1] in ordinary and pair not in known:
+                raise _no_scores()
+    return {text: order.get(text, 0.0) for text in vocab}
+
+
+def _no_scores() -> UserError:
+    return UserError(
+        "This tokenizer's merge list has no equal in SentencePiece scores, so a GGUF of it would tokenise differently; "
+        "keep the checkpoint in the Hugging Face layout."
+    )
+
+
+def _parse(data: bytes) -> tuple[list[Piece], dict[int, int | bytes | float], dict[int, int | bytes | float]]:
+    """ModelProto -> (pieces, trainer_spec, normalizer_spec), the specs by field number; the last of a field wins."""
+    pieces, trainer, normalizer = list[Piece](), dict[int, int | bytes | float](), dict[int, int | bytes | float]()
+    for field, value in _fields(data):
+        if field == 1 and isinstance(value, bytes):
+            piece = dict(_fields(value))
+            text = piece.get(1, b"")
+            if not isinstance(text, bytes):
+                raise ValueError
+            pieces.append(Piece(text.decode(), float(piece.get(2, 0.0)), int(piece.get(3, NORMAL))))
+        elif field == 2 and isinstance(value, bytes):
+            trainer |= dict(_fields(value))
+        elif field == 3 and isinstance(value, bytes):
+            normalizer |= dict(_fields(value))
+    return pieces, trainer, normalizer
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes | float]]:
+    """The (number, value) pairs of a protobuf message: varints, 32- and 64-bit values, and length-delimited bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError
+
+    while at < len(data):
+        key = varint()
+        value: int | bytes | float
+        match key & 7:
+            case 0:
+                value = varint()
+            case 1:
+                (value,), at = struct.unpack_from("<d", data, at), at + 8
+            case 5:
+                (value,), at = struct.unpack_from("<f", data, at), at + 4
+            case 2:
+                length = varint()
+                value, at = data[at : at + length], at + length
+                if at > len(data):
+                    raise ValueError
+            case _:
+                raise ValueError
+        yield key >> 3, value
+
+
+def _signed(value: int) -> int:
+    # A negative int32 travels as a 64-bit two's complement.
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,263 @@
+"""The text contract of a checkpoint: tokenizer, BOS rule, chat template and stop list as one object.
+
+Everything that turns text into ids or back goes through it, whatever the checkpoint came from, so that training, chat,
+evaluation and every export agree. A BOS is never doubled, and special tokens in a user's text can be kept plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from puna.errors import UserError
+from puna.tokenizer import hf_files, sentencepiece_model
+from puna.tokenizer.builtin_templates import choose
+from puna.tokenizer.chat_template import marks_generation, render, render_spans
+from puna.tokenizer.detokenizer import Detokenizer, Stream
+from puna.tokenizer.gguf_fields import read_gguf, write_gguf
+from puna.tokenizer.spec import TokenizerSpec, state
+from puna.tokenizer.tiktoken_bpe import patterns, read_tiktoken
+
+__all__ = ["Stream", "Tokenizer"]
+
+# Tokens that end a turn or a text wherever they are special: Llama 3's, and ChatML's.
+END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
+SURROGATE = "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
+
+
+class Tokenizer:
+    """Text to ids, messages to ids, ids to text. Make one with `load` or a `from_...` method."""
+
+    def __init__(self, parts: TokenizerSpec) -> None:
+        self._parts = parts
+        self._backend = parts.backend
+        self._pieces = Detokenizer(parts.backend)
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(self._id, (parts.bos, parts.eos, parts.unk, parts.pad))
+        self.add_bos, self.add_eos = parts.add_bos, parts.add_eos
+        self.template_name = parts.template_name if parts.templates else None
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._backend.get_added_tokens_decoder()
+        ends = [index for text in END_TOKENS if (index := self._id(text)) in added and added[index].special]
+        known = [*parts.stops, *([] if self.eos_id is None else [self.eos_id]), *ends]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(known))
+
+    # Where it comes from and goes to
+
+    @classmethod
+    def load(cls, path: str | Path, *, template: str | None = None) -> Tokenizer:
+        """Read a Hugging Face directory, a directory with `tokenizer.model` alone, or that file itself.
+
+        `template`: a built-in chat template by name, or the path of a Jinja file; it replaces the checkpoint's own.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"There is no tokenizer at {path}.")
+        tokenizer = cls(hf_files.read_directory(path) if path.is_dir() else hf_files.read_model(path))
+        return tokenizer if template is None else tokenizer.with_template(template)
+
+    @classmethod
+    def from_spm(cls, path: str | Path) -> Tokenizer:
+        """Read a SentencePiece `tokenizer.model` (LLaMA 1 and 2)."""
+        return cls(sentencepiece_model.read_spm(path))
+
+    @classmethod
+    def from_tiktoken(cls, path: str | Path) -> Tokenizer:
+        """Read a tiktoken `tokenizer.model` (Llama 3)."""
+        return cls(read_tiktoken(path))
+
+    @classmethod
+    def from_gguf(cls, fields: Mapping[str, Any]) -> Tokenizer:
+        """Read the `tokenizer.*` metadata of a GGUF file, given as plain Python values by key."""
+        return cls(read_gguf(fields))
+
+    @classmethod
+    def from_llama2c(cls, path: str | Path) -> Tokenizer:
+        """Read llama2.c's `tokenizer.bin` or `tok512.bin`."""
+        return cls(sentencepiece_model.read_llama2c(path))
+
+    def with_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template: a built-in by name, or the path of a Jinja file."""
+        parts = self._parts
+        source = choose(template, add_bos=parts.add_bos)
+        files = {name: data for name, data in parts.files.items() if not name.endswith(".jinja")}
+        return Tokenizer(replace(parts, templates={"default": source}, template_name=template, files=files))
+
+    def save(self, directory: str | Path) -> None:
+        """Write Hugging Face files that transformers 4 and 5 read the same way. Loading and saving again is stable."""
+        hf_files.write_directory(self._parts, Path(directory))
+
+    def to_gguf(self) -> dict[str, Any]:
+        """The `tokenizer.*` fields of a GGUF file. UserError where llama.cpp would tokenise differently."""
+        return write_gguf(self._parts)
+
+    @property
+    def model_file(self) -> bytes | None:
+        """The checkpoint's own `tokenizer.model`, which Meta's layout carries; None when it has none."""
+        return self._parts.files.get("tokenizer.model")
+
+    # Text to ids and back
+
+    def encode(self, text: str, *, bos: bool | None = None, special: bool = True) -> list[int]:
+        """Ids of a text. `bos`: None adds BOS (and EOS) as the checkpoint does, True and False rule over BOS alone.
+
+        The BOS is added only where the text doesn't start with it. With `special=False` the names of special tokens in
+        the text, say `<|eot_id|>`, are plain text.
+        """
+        backend = self._backend if special else self._plain
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as error:
+            raise UserError(SURROGATE) from error
+        if bos and self.bos_id is None:
+            raise UserError("A BOS was asked for, but this checkpoint's tokenizer has none.")
+        if (self.add_bos if bos is None else bos) and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]  # type: ignore[list-item]
+        if bos is None and self.add_eos and ids[-1:] != [self.eos_id]:
+            ids = [*ids, self.eos_id]  # type: ignore[list-item]
+        return ids
+
+    def encode_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, none added, and [start, end) in characters of the text for each of them."""
+        try:
+            found = (self._backend if special else self._plain).encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:
+            raise UserError(SURROGATE) from error
+        return found.ids, found.offsets
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many documents, none added and no special token recognised; quicker than one by one."""
+        try:
+            return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        except (TypeError, UnicodeError) as error:
+            raise UserError(SURROGATE) from error
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) say nothing."""
+        return self._pieces.join(ids, skip_special=skip_special)
+
+    def stream(self, *, skip_special: bool = True) -> Stream:
+        """A detokeniser for ids that come one by one."""
+        return Stream(self._pieces, skip_special=skip_special)
+
+    def token(self, index: int) -> str:
+        """The vocabulary's own spelling of an id."""
+        text = self._backend.id_to_token(index) if index >= 0 else None
+        if text is None:
+            raise UserError(f"There is no token with id {index}; the tokenizer has {self.vocab_size}.")
+        return text
+
+    def id(self, token: str) -> int | None:
+        """The id of a token by the vocabulary's own spelling, None when there is none."""
+        return self._id(token)
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The spellings that `encode` takes for special tokens."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        # The same model (shared, not copied) behind a second front, so that no call has to switch the first one's mode.
+        plain = tokenizers.Tokenizer(self._backend.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if (value := getattr(self._backend, part)) is not None:
+                setattr(plain, part, value)
+        plain.add_tokens([token for _, token in sorted(self._backend.get_added_tokens_decoder().items())])
+        plain.encode_special_tokens = True
+        return plain
+
+    # Conversations
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template in use, None when the checkpoint carries none and none was chosen."""
+        return self._parts.templates.get("default")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **kw: Any,
+    ) -> str:
+        """The text of a conversation by the chat template, as transformers' `apply_chat_template` gives it.
+
+        `messages`: dicts with "role" and "content"; `tools`: JSON schemas; other keywords go to the template.
+        UserError names what the template or the sandbox refused.
+        """
+        return render(*self._call(messages, add_generation_prompt, tools, kw))
+
+    def render_spans(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: list[dict[str, Any]] | None = None, **kw: Any
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text of a whole conversation, and [start, end) in it of each answer that the template marks as generated.
+
+        None instead where the template has no `{% generation %}`.
+        """
+        call = self._call(messages, False, tools, kw)
+        return render_spans(*call) if marks_generation(call[0]) else (render(*call), None)
+
+    def _call(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        kw: dict[str, Any],
+    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
+        """Template, messages and variables."""
+        templates = self._parts.templates
+        name = "tool_use" if tools and "tool_use" in templates else "default"
+        if name not in templates:
+            raise UserError(
+                "This checkpoint carries no chat template; choose one of alpaca, chatml, llama2, llama3 or vicuna "
+                "by `template`, the one that the model was trained with."
+            )
+        parts = self._parts
+        named = {"bos_token": parts.bos, "eos_token": parts.eos, "unk_token": parts.unk, "pad_token": parts.pad}
+        known = {key: value for key, value in named.items() if value is not None}
+        return templates[name], messages, {**known, **kw, "add_generation_prompt": prompt, "tools": tools}
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **kw: Any) -> list[int]:
+        """Ids of a conversation: what the template renders and no more, so the BOS is the template's own."""
+        return self.encode(self.render(messages, **kw), bos=False)
+
+    # Checks
+
+    def fingerprint(self, *, template: bool = True) -> str:
+        """sha256 over what decides ids and prompts: vocabulary, merges, splitting, special tokens, templates.
+
+        `template=False` leaves templates and the stop list out: two that agree then give a text the same ids.
+        """
+        parts, model = self._parts, state(self._backend.model) or {}
+        added = self._backend.get_added_tokens_decoder()
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+        facts: dict[str, Any] = {
+            "vocab": self._backend.get_vocab(with_added_tokens=True),
+            "merges": merges,
+            "words": patterns(self._backend) or state(self._backend.pre_tokenizer),
+            "normalizer": state(self._backend.normalizer),
+            "added": [[index, token.content, token.special] for index, token in sorted(added.items())],
+            "ends": [self.bos_id, self.eos_id, self.unk_id, self.pad_id, self.add_bos, self.add_eos],
+        }
+        if template:
+            facts |= {"stops": sorted(self.stop_ids), "templates": parts.templates}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def check_fits(self, vocab_size: int) -> None:
+        """UserError when an id would be outside a model of `vocab_size` rows."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"The tokenizer has ids up to {self.vocab_size - 1} ({self.token(self.vocab_size - 1)!r}), "
+                f"but the model's vocabulary has {vocab_size} rows; use the tokenizer that belongs to the model."
+            )

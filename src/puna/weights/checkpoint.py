@@ -1,0 +1,165 @@
+"""One face for a checkpoint of any format: Hugging Face names, rotate-half RoPE order, one tensor at a time.
+
+A format module (hf, meta, ranks, megatron, gguf, llama2c) has `detect(path) -> bool` and `open_<format>(path) ->
+Checkpoint`. Whoever reads weights holds a `Checkpoint` and never learns which file a tensor came from.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from puna.errors import UserError
+from puna.weights import hub
+
+if TYPE_CHECKING:
+    from puna.model.config import ModelConfig
+    from puna.tokenizer import Tokenizer
+
+FORMATS = {  # asked in this order
+    "hf": "hf",
+    "ranks": "presharded",
+    "megatron": "megatron.checkpoint",
+    "meta": "meta",
+    "gguf": "gguf.reader",
+    "llama2c": "llama2c",
+}
+
+Index = tuple[slice, ...]
+Reader = Callable[[str, Index | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What `Checkpoint.read` returns for a whole tensor; a quantised tensor has the dtype it dequantises to."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint.
+
+    `hf_config` is the config.json that the native layout carries for it (transformers-4 keys with `torch_dtype` and
+    the token ids), `generation` its generation_config.json ({} when there is none). `tensors` is in model order.
+    `files` are all files that it was read from. `details` are facts of the format, for people.
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    generation: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: list[Path]
+    details: dict[str, Any]
+    reader: Reader
+    load_tokenizer: Callable[[], Tokenizer | None]
+
+    def __post_init__(self) -> None:
+        self.load_tokenizer = functools.cache(self.load_tokenizer)  # reading a vocabulary of 128k takes seconds
+
+    def read(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """The tensor on the CPU, or `tensor[index]` of it. May be a view of a mapped file: don't write into it."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path} has no tensor {name}")
+        return self.reader(name, index)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the checkpoint carries, None when it carries none."""
+        return self.load_tokenizer()
+
+    def close(self) -> None:
+        """Lets go of the mapped files; what was read stays."""
+        self.reader = _closed
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _closed(name: str, index: Index | None) -> torch.Tensor:
+    raise ValueError(f"{name} is read from a checkpoint that was closed")
+
+
+def open_checkpoint(ref: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Opens a checkpoint by path, Hub id or alias, in whatever format it is, and checks its tensors.
+
+    Raises `UserError` when there is no such checkpoint, its format isn't known, it isn't a LLaMA, or a tensor is
+    missing, unmapped or misshapen.
+    """
+    path = hub.resolve(ref, revision)
+    for name, place in FORMATS.items():
+        module = importlib.import_module(f"puna.weights.formats.{place}")
+        if module.detect(path):
+            source: Checkpoint = getattr(module, f"open_{name}")(path)
+            check_tensors(source)
+            return source
+    if (path / "config.json").exists():
+        raise UserError(f"{path} has a config.json and no weights that puna reads: no .safetensors or .bin files")
+    raise UserError(
+        f"{path} is no checkpoint that puna reads: that is a directory with config.json and safetensors or .bin"
+        " weights, consolidated.*.pth with params.json, part_model/0 and on, Megatron's mp_rank_00 and on, a .gguf or a"
+        " llama2.c .bin file"
+    )
+
+
+def check_tensors(source: Checkpoint) -> None:
+    """Raises `UserError` unless the tensors are exactly those that the config describes, in name and shape."""
+    expected = source.config.tensors()
+    actual = {name: info.shape for name, info in source.tensors.items()}
+    wrong = [f"{name} has shape {list(actual[name])}, the config says {list(shape)}"
+             for name, shape in expected.items() if name in actual and actual[name] != tuple(shape)]  # fmt: skip
+    quantised = [f"{name} is {info.dtype}" for name, info in source.tensors.items()
+             if not info.dtype.is_floating_point or info.dtype.itemsize < 2]  # fmt: skip
+    problems = (
+        ("is missing", [name for name in expected if name not in actual]),
+        ("has tensors that a LLaMA doesn't:", [name for name in actual if name not in expected]),
+        ("doesn't fit its config:", wrong),
+        ("is quantised in a way that puna doesn't read:", quantised),
+    )
+    said = [f"{what} {_some(names)}" for what, names in problems if names]
+    if said:
+        raise UserError(f"{source.path} {', and '.join(said)}")
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`; `UserError` when it holds values that float16 has no number for."""
+    if dtype == torch.float16 != tensor.dtype and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        if max(-low.item(), high.item()) > torch.finfo(dtype).max:
+            raise UserError(f"{name} has values beyond float16's 65,504: write bfloat16 or float32")
+    return tensor.to(dtype)
+
+
+def in_model_order(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """`tensors` from the embedding to the output layer, those that the config doesn't know at the end."""
+    order = {name: position for position, name in enumerate(config.tensors())}
+    return dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype that most bytes are in, as config.json's `torch_dtype` spells it."""
+    sizes: Counter[torch.dtype] = Counter()
+    for info in tensors.values():
+        sizes[info.dtype] += info.nbytes
+    return str(sizes.most_common(1)[0][0] if sizes else torch.float32).removeprefix("torch.")
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

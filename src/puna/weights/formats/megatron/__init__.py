@@ -1,0 +1,1 @@
+"""Megatron-LM's checkpoints: AscendSpeed's, Megatron-LM's and Megatron-core's names."""
