@@ -14,7 +14,7 @@ from puna.parallel.mesh import MeshOptions
 
 rank = int(os.environ["RANK"])
 layout = ParallelStrategy.start(MeshOptions())
-with layout.guard({lost_after}):
+with layout.watch_ranks({lost_after}):
     for step in range(1000):
         if step == 3 and rank == 1:
             {act}
