@@ -344,7 +344,7 @@ def test_a_template_that_runs_wild_is_stopped(monkeypatch, source):
 
 @pytest.mark.parametrize("last", ["list | length", "batch(9) | list", "join"])
 def test_what_comes_one_by_one_is_bounded_before_it_is_collected(monkeypatch, last):
-    monkeypatch.setattr(template, "MAX_SECONDS", 1e9)  # its size stops it, however slow the machine is
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1e9)  # its size stops it, however slow the machine is
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match="builds more than"):
