@@ -21,26 +21,27 @@ class Scheme(Protocol):
 class Linear(nn.Module):
     """y = x W^T + b, W [out_features, in_features].
 
-    `read(self, name)` gives the weight and bias to compute with, here those that are stored; a layout for training may
-    store them otherwise. `scheme` replaces the stored weight and the product (quantised, packed); `adapter` adds a
-    low-rank update. None knows of the others. Collectives are not here: `Attention` and `MLP` do one per region.
+    `get_param(self, name)` returns the weight or bias to compute with: the stored parameter, or what a training layout
+    makes of it (its local shard, a cast). `scheme` replaces the stored weight and the product (quantised, packed);
+    `adapter` adds a low-rank update. None knows of the others. Collectives are not here: `Attention` and `MLP` do one
+    per region.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.read: Callable[[nn.Module, str], Tensor] = getattr
+        self.get_param: Callable[[nn.Module, str], Tensor] = getattr
         self.scheme: Scheme | None = None
         self.adapter: Callable[[Tensor], Tensor] | None = None
 
-    def product(self, x: Tensor) -> Tensor:
-        """Everything but the bias, which a row-split layer adds after its partial products were summed."""
-        y = F.linear(x, self.read(self, "weight")) if self.scheme is None else self.scheme.matmul(x, self)
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] without bias (a row-split layer adds it after the reduction)."""
+        y = F.linear(x, self.get_param(self, "weight")) if self.scheme is None else self.scheme.matmul(x, self)
         return y if self.adapter is None else y + self.adapter(x)
 
     def add_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.read(self, "bias")
+        return y if self.bias is None else y + self.get_param(self, "bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.add_bias(self.product(x))
+        return self.add_bias(self.matmul(x))

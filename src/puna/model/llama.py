@@ -41,11 +41,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
-        self.read: Callable[[nn.Module, str], Tensor] = getattr
+        self.get_param: Callable[[nn.Module, str], Tensor] = getattr
         self.kernel: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel(x, self.read(self, "weight"), self.eps)
+        return self.kernel(x, self.get_param(self, "weight"), self.eps)
 
 
 class Embedding(nn.Module):
@@ -56,10 +56,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.first: int | None = None
         self.leave: Callable[[Tensor], Tensor] = identity
-        self.read: Callable[[nn.Module, str], Tensor] = getattr
+        self.get_param: Callable[[nn.Module, str], Tensor] = getattr
 
     def forward(self, ids: Tensor) -> Tensor:
-        weight = self.read(self, "weight")
+        weight = self.get_param(self, "weight")
         if self.first is None:
             return self.leave(F.embedding(ids, weight))
         local = ids - self.first
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             qk, v = qkv.split((turned, self.kv_heads), -2)
             q, k = rotate(qk, cos, sin).split((turned - self.kv_heads, self.kv_heads), -2)
         o = attend(self.layer, q, k, v)
-        return self.o_proj.add_bias(self.leave(self.o_proj.product(o.flatten(-2))))
+        return self.o_proj.add_bias(self.leave(self.o_proj.matmul(o.flatten(-2))))
 
 
 class MLP(nn.Module):
@@ -120,7 +120,7 @@ class MLP(nn.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj.add_bias(self.leave(self.down_proj.product(self.kernel(gate, up))))
+        return self.down_proj.add_bias(self.leave(self.down_proj.matmul(self.kernel(gate, up))))
 
 
 class Block(nn.Module):

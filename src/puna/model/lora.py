@@ -35,10 +35,10 @@ class LoRA(nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, dropout
-        self.read: Callable[[nn.Module, str], Tensor] = getattr
+        self.get_param: Callable[[nn.Module, str], Tensor] = getattr
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.read(self, "a").to(x.dtype), self.read(self, "b").to(x.dtype)
+        a, b = self.get_param(self, "a").to(x.dtype), self.get_param(self, "b").to(x.dtype)
         return F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b) * self.scale
 
 

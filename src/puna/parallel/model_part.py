@@ -64,9 +64,9 @@ class ModelPart(nn.Module):
 
     def _head(self) -> Tensor:
         layer = self.model.lm_head
-        weight = layer.read(layer, "weight")
+        weight = layer.get_param(layer, "weight")
         if isinstance(layer.adapter, LoRA):  # the loss wants one matrix
-            a, b = (layer.adapter.read(layer.adapter, name).to(weight.dtype) for name in "ab")
+            a, b = (layer.adapter.get_param(layer.adapter, name).to(weight.dtype) for name in "ab")
             weight = torch.addmm(weight, b, a, alpha=layer.adapter.scale)
         return weight
 
@@ -83,14 +83,14 @@ def compute_in(model: Llama, dtype: torch.dtype) -> None:
     output layer's weight is left to the loss, for the same reason.
     """
 
-    def read(module: nn.Module, name: str) -> Tensor:
+    def get_param(module: nn.Module, name: str) -> Tensor:
         return getattr(module, name).to(dtype)
 
     for module in model.modules():
         if isinstance(module, Linear) and module is not model.lm_head:
-            module.scheme, module.read = cpu_bf16.MixedPrecisionLinear(dtype), read
+            module.scheme, module.get_param = cpu_bf16.MixedPrecisionLinear(dtype), get_param
         elif isinstance(module, RMSNorm):
-            module.read = read
+            module.get_param = get_param
     model.embed_tokens.leave = lambda x: x.to(dtype)
 
 

@@ -48,7 +48,7 @@ def split(model: nn.Module, config: ModelConfig, mesh: DeviceMesh, sequence: boo
             }
             for kind, how in uses.items():
                 _store(part, kind, how.placement, mesh)
-            part.read = reader(uses)
+            part.get_param = reader(uses)
         if isinstance(part, Attention | MLP):
             part.enter, part.leave = enter(group, sequence), leave(group, sequence)
         if isinstance(part, Embedding):
