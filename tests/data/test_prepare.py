@@ -138,7 +138,7 @@ from pathlib import Path
 from puna.data import prepare, records, writer
 from puna.option_sets import PrepareOptions
 writer.SAVE_SECONDS, prepare.SMALL, records.CHUNK_BYTES = 0, 0, 2000
-count, original = 0, output.Output.add
+count, original = 0, writer.Output.add
 def add(self, source, result):
     global count
     count += 1
@@ -148,7 +148,7 @@ def add(self, source, result):
         self._writers[key]._tokens.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, source, result)
-output.Output.add = add
+writer.Output.add = add
 if __name__ == "__main__":
     prepare.prepare(PrepareOptions(src=(sys.argv[2],), out=Path(sys.argv[3]), tokenizer=sys.argv[4], workers=1))
 """
@@ -191,6 +191,23 @@ def test_stopped_by_the_user_it_keeps_what_is_saved(tmp_path, corpus, tokenizer,
     monkeypatch.setattr(worker, "encode_chunk", original)
     card = run(options(tmp_path, corpus[0], tokenizer))
     assert card == run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "plain/P"))
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+
+
+def test_rejected_rows_survive_a_save(tmp_path, tokenizer, small, monkeypatch):
+    """A save in the middle holds the counts of rejected rows, and a resumed preparation goes on with them."""
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0)
+    lines = [line for i, chat in enumerate(CHATS) for line in (json.dumps(chat), "{" if i % 2 else '{"messages": []}')]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    plain = run(options(tmp_path, tmp_path / "a.jsonl", tokenizer, out=tmp_path / "plain/P"))
+    assert sorted(plain["rejected"].values()) == [60, 60]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(
+            writer.Stats, "add", lambda self, *a, f=writer.Stats.add: f(self, *a) or _stop(self.chunks == 5)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(options(tmp_path, tmp_path / "a.jsonl", tokenizer))
+    assert run(options(tmp_path, tmp_path / "a.jsonl", tokenizer)) == plain
     assert files(tmp_path / "out") == files(tmp_path / "plain")
 
 
@@ -313,7 +330,7 @@ def _bad_template(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(tmp_path, corpus, tokenizer, small, monkeypatch):
-    monkeypatch.setattr(prepare.encode, "work", _die)
+    monkeypatch.setattr(prepare.worker, "work", _die)
     with pytest.raises(UserError, match="a worker process was killed"):
         run(options(tmp_path, corpus[0], tokenizer, workers=2))
 

@@ -44,10 +44,15 @@ class Stats:
         for split, counts in result.counts.items():
             self.counts.setdefault(split, Counts()).add(counts)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON data. `dataclasses.asdict` would rebuild the Counter from pairs."""
+        counts = {split: asdict(counts) for split, counts in self.counts.items()}
+        return vars(self) | {"counts": counts, "rejected": dict(self.rejected)}
+
     @classmethod
-    def load(cls, content: dict[str, Any]) -> Stats:
-        counts = {split: Counts(**values) for split, values in content.pop("counts").items()}
-        return cls(**{**content, "counts": counts, "rejected": Counter(content["rejected"])})
+    def from_state_dict(cls, state: dict[str, Any]) -> Stats:
+        counts = {split: Counts(**values) for split, values in state["counts"].items()}
+        return cls(**{**state, "counts": counts, "rejected": Counter(state["rejected"])})
 
 
 def prefix_of(options: PrepareOptions, split: str) -> str:
@@ -109,7 +114,7 @@ class Output:
         self.stats.add(source, result)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.stats.marks = {split + store: writer.mark() for (split, store), writer in self._writers.items()}
-            _write(self.manifest, {"identity": self.identity, "stats": asdict(self.stats)})
+            _write(self.manifest, {"identity": self.identity, "stats": self.stats.state_dict()})
             self._saved, self._kept = time.monotonic(), True
 
     def publish(self, card_path: Path, card: dict[str, Any]) -> None:
@@ -128,7 +133,7 @@ class Output:
         try:
             content = json.loads(self.manifest.read_bytes())
             if content["identity"] == self.identity:
-                stats = Stats.load(content["stats"])
+                stats = Stats.from_state_dict(content["stats"])
                 done = sum(counts.tokens for counts in stats.counts.values())
                 print(f"going on after {done:,} tokens that are done", file=sys.stderr)
                 return stats
