@@ -145,7 +145,7 @@ def test_weights_that_mean_nothing_are_refused(text, chat, weights):
         PackedLoader([(text, weights[0]), (chat, weights[1])], SEQ, 0)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 6)), min_size=1, max_size=5))
 def test_kills_and_other_ranks_lose_and_double_nothing(text, chat, runs):
     """Each run: (ranks, rows per rank, steps). It saves after every step and is killed after computing one more."""

@@ -166,5 +166,5 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.available == BLOCKS - len({block for _, blocks, _ in self.held for block in blocks})
 
 
-PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
 test_any_history = PoolMachine.TestCase

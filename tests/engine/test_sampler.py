@@ -137,7 +137,7 @@ ANY_ROW = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     asked=st.lists(ANY_ROW, min_size=2, max_size=6),
     seed=st.integers(0, 2**32),

@@ -300,7 +300,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.simulation.drain()
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
 test_any_history = SchedulerMachine.TestCase
 
 

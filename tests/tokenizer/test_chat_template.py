@@ -52,7 +52,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 def test_chatml_equals_transformers(chatml, tmp_path):
     theirs = transformers_of(chatml, tmp_path)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXTS), min_size=1, max_size=6))
     def check(turns):
         messages = [{"role": role, "content": content} for role, content in turns]

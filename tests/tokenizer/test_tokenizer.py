@@ -49,7 +49,7 @@ TEXT = st.lists(
     st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), st.sampled_from(AWKWARD)), max_size=8
 )
 TEXT = TEXT.map("".join)
-quick = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def whole(x, weight, labels, z_loss=0.0):
     return loss, z, torch.autograd.grad(loss, (x, weight))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(1, 40),
     vocab=st.integers(2, 60),

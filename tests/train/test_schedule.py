@@ -60,7 +60,7 @@ options = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(options=options, steps=st.integers(1, 500), lr=st.floats(1e-3, 1))
 def test_warms_up_to_the_peak_and_stays_between_the_bounds(options, steps, lr):
     check_schedule(options, lr)

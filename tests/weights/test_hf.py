@@ -242,7 +242,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tiny_checkpoint, tmp_path) -
         open_checkpoint(tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(0, 1), st.booleans())
 def test_a_cut_off_weight_file_is_refused(tiny_checkpoint, tmp_path, share, pickled) -> None:
     folder = tiny_checkpoint()
@@ -293,7 +293,7 @@ def test_an_impossible_safetensors_header_is_refused(tmp_path, content) -> None:
         safetensors_file.open_file(tmp_path / "x.safetensors")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
 def test_damage_in_a_header_never_goes_further_than_a_sentence(tmp_path, at, damage) -> None:
     file = tmp_path / "x.safetensors"
@@ -307,7 +307,7 @@ def test_damage_in_a_header_never_goes_further_than_a_sentence(tmp_path, at, dam
     assert sum(mapped.read(name).nbytes for name in mapped.tensors) <= len(whole)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(st.sampled_from(list(safetensors_file.DTYPES.values())), st.lists(st.integers(0, 5), max_size=3))
