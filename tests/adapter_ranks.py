@@ -32,7 +32,7 @@ def work(base, *adapters):
             apart = load_model(source, torch.float64, tp=tp, adapter=adapter, fast=True)
             one = load_model(merge(source, adapter), torch.float64, tp=tp, fast=True)
             torch.save([logits(apart), logits(one)], folder / f"{tp.rank}.pt")
-    tp.leave()
+    tp.shutdown()
 
 
 if __name__ == "__main__":

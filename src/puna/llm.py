@@ -142,7 +142,7 @@ class LLM:
         quiet: bool = True,
     ) -> None:
         tp = start(device)
-        agree = tp.agree if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
+        agree = tp.raise_together if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
         with agree():
             where = choose_device(device)
             room = free_bytes(where)  # of all ranks, before one of them begins to load
@@ -190,7 +190,7 @@ class LLM:
             self.tokenizer,
             stop_ids=stop_ids,
             seed=seed,
-            share=tp.share if tp else None,
+            share=tp.broadcast_object if tp else None,
             is_driver=tp is None or tp.rank == 0,
         )
         self._prompts: dict[str, str] = {}  # texts of unfinished requests

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from puna.kernels import cpu_bf16
-from puna.model.attention import by_document, causal, masked, packed
+from puna.model.attention import causal, document_attention, masked_attention, packed_attention
 
 LENGTHS = [[7, 1, 12], [20], [3, 3, 14], [19, 1]]
 
@@ -35,7 +35,7 @@ def alone(layer, q, k, v):
 
 def test_packed_documents_see_themselves_alone(inputs):
     tensors, documents = inputs
-    for found, expected in zip(results(packed(documents), tensors), results(alone, tensors), strict=True):
+    for found, expected in zip(results(packed_attention(documents), tensors), results(alone, tensors), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -43,21 +43,23 @@ def test_the_slow_twin_sees_the_same(inputs):
     tensors, documents = inputs
     place = torch.arange(20)
     visible = (documents.unsqueeze(2) == documents.unsqueeze(1)) & (place.unsqueeze(1) >= place)
-    for attend in (masked(visible), by_document(documents, documents, place, place)):
-        for found, expected in zip(results(attend, tensors), results(packed(documents), tensors), strict=True):
+    for attend in (masked_attention(visible), document_attention(documents, documents, place, place)):
+        for found, expected in zip(
+            results(attend, tensors), results(packed_attention(documents), tensors), strict=True
+        ):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_rows_of_one_document_are_not_cut():
-    assert packed(torch.zeros(2, 5)) is causal
-    assert packed(torch.tensor([[3, 3], [4, 4]]), cpu_bf16.causal) is cpu_bf16.causal
+    assert packed_attention(torch.zeros(2, 5)) is causal
+    assert packed_attention(torch.tensor([[3, 3], [4, 4]]), cpu_bf16.causal) is cpu_bf16.causal
 
 
 def test_queries_out_of_order_see_what_comes_no_later(inputs):
     tensors, documents = inputs
     order = torch.randperm(20)
-    attend = by_document(documents[:, order], documents, order, torch.arange(20))
+    attend = document_attention(documents[:, order], documents, order, torch.arange(20))
     q, k, v = tensors
     torch.testing.assert_close(
-        attend(0, q[:, order], k, v), packed(documents)(0, q, k, v)[:, order], rtol=0, atol=1e-12
+        attend(0, q[:, order], k, v), packed_attention(documents)(0, q, k, v)[:, order], rtol=0, atol=1e-12
     )

@@ -112,7 +112,7 @@ def batch():
 
 
 def loss(hidden, labels, head):
-    part = None if head.group is None else VocabPart(head.group, head.first)
+    part = None if head.group is None else VocabPart(head.group, head.vocab_start)
     total, count, z = chunked_loss(hidden, labels, head.weight, chunk=5, z_loss=1e-2, tp=part)
     return torch.stack((total, count.to(total.dtype), z))
 

@@ -6,12 +6,12 @@ import pytest
 
 from puna.errors import UserError
 from puna.model.presets import PRESETS
-from puna.parallel.mesh import MeshOptions, check_batch, check_length, check_model, fill
+from puna.parallel.mesh import MeshOptions, check_batch, check_length, check_model, resolve
 
 
 def test_shards_take_the_ranks_that_the_others_leave():
-    assert fill(MeshOptions(tp=2, pp=2, cp=2), 32).dp_shard == 4
-    assert fill(MeshOptions(dp_replicate=2, dp_shard=3), 6).data_size == 6
+    assert resolve(MeshOptions(tp=2, pp=2, cp=2), 32).dp_shard == 4
+    assert resolve(MeshOptions(dp_replicate=2, dp_shard=3), 6).data_size == 6
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_shards_take_the_ranks_that_the_others_leave():
 )
 def test_ranks_that_do_not_make_the_mesh(options, ranks, says):
     with pytest.raises(UserError, match=says):
-        fill(MeshOptions(**options), ranks)
+        resolve(MeshOptions(**options), ranks)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from puna.model.attention import causal
 from puna.model.config import ModelConfig
 from puna.model_loader import load_model
 from puna.parallel.process_group import start
-from puna.parallel.tp_inference import MESSAGE
+from puna.parallel.tp_inference import BROADCAST_BYTES
 from puna.tokenizer import Tokenizer
 
 BASE = ModelConfig(
@@ -84,7 +84,7 @@ def make_engine(tokenizer, tp=None):
         RequestValidator(384, 72, max_batch_tokens=24, max_num_seqs=8),
         tokenizer,
         stop_ids=(5, 17, 40),
-        share=tp.share if tp else None,
+        share=tp.broadcast_object if tp else None,
         is_driver=tp is None or tp.rank == 0,
     )
     step = engine.step
@@ -148,9 +148,9 @@ def work(folder, checkpoint):
         load_model(weights, torch.float64, tp=tp)
         found["taken"][name] = weights.taken
     found["plain"] = logits(LAYOUTS["biases"], tp, fast=False)
-    sizes = (0, 1, 500, MESSAGE - 20, MESSAGE - 10, MESSAGE, 10 * MESSAGE)
-    found["shared"] = [tp.share(os.urandom(1) * size if tp.rank == 0 else "ignored") for size in sizes]
-    found["least"] = tp.least(10 - tp.rank)
+    sizes = (0, 1, 500, BROADCAST_BYTES - 20, BROADCAST_BYTES - 10, BROADCAST_BYTES, 10 * BROADCAST_BYTES)
+    found["shared"] = [tp.broadcast_object(os.urandom(1) * size if tp.rank == 0 else "ignored") for size in sizes]
+    found["least"] = tp.all_reduce_min(10 - tp.rank)
     engine = make_engine(Tokenizer.load(checkpoint), tp)
     if tp.rank == 0:
         found["outputs"] = serve(engine)

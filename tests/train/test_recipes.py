@@ -10,7 +10,7 @@ from puna.commands.train import asdict, check
 from puna.model.lora import LoraOptions, adapted
 from puna.model.presets import PRESETS
 from puna.options import parse
-from puna.parallel.mesh import MeshOptions, check_batch, check_model, fill
+from puna.parallel.mesh import MeshOptions, check_batch, check_model, resolve
 from puna.train.options import TrainOptions
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -41,7 +41,7 @@ def test_recipe(path):
     options = parse("train", TrainOptions, [str(path)])
     check(options)
     devices = int(re.search(r"^# (\d+) devices?: puna ", path.read_text(), re.MULTILINE)[1])
-    mesh = fill(MeshOptions(**asdict(options.mesh)), devices)
+    mesh = resolve(MeshOptions(**asdict(options.mesh)), devices)
     assert math.prod((mesh.pp, mesh.dp_replicate, mesh.dp_shard, mesh.cp, mesh.tp)) == devices
     shape = PRESETS[SHAPES[options.model.name]]
     check_model(shape, mesh)

@@ -35,7 +35,7 @@ def cache_blocks(
     block_bytes = torch.Size(cache_shape(model, 1, block_size)).numel() * weight.dtype.itemsize
     blocks = cache_bytes(weight.device) // block_bytes
     if tp is not None:
-        blocks = tp.least(blocks)
+        blocks = tp.all_reduce_min(blocks)
     if blocks < 1:
         raise UserError("no memory is left for the KV cache; use a smaller dtype, more ranks or another device.")
     return min(blocks, max_sequences * -(-max_model_len // block_size))

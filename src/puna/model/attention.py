@@ -36,14 +36,14 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True).transpose(1, 2)
 
 
-def packed(documents: Tensor, alone: Attend = causal) -> Attend:
+def packed_attention(documents: Tensor, alone: Attend = causal) -> Attend:
     """Causal attention within each document of packed rows; documents [B, T] int, equal within one, one after another.
 
     On a CPU each document is attended to by `alone`, at the cost of the sum of their squared lengths.
     """
     order = torch.arange(documents.shape[1], device=documents.device)
     if documents.is_cuda:
-        return by_document(documents, documents, order, order)
+        return document_attention(documents, documents, order, order)
     changes = documents[:, 1:] != documents[:, :-1]
     rows = [[0, *(row.nonzero().squeeze(-1) + 1).tolist(), documents.shape[1]] for row in changes]
     if all(len(bounds) == 2 for bounds in rows):
@@ -59,7 +59,7 @@ def packed(documents: Tensor, alone: Attend = causal) -> Attend:
     return attend
 
 
-def by_document(queries: Tensor, keys: Tensor, query_order: Tensor, key_order: Tensor) -> Attend:
+def document_attention(queries: Tensor, keys: Tensor, query_order: Tensor, key_order: Tensor) -> Attend:
     """Attention of queries with document numbers [B, T] and places in their row [T] over keys with [B, P] and [P].
 
     A query sees the keys of its document that come no later. On a GPU one kernel skips what no query sees
@@ -79,10 +79,10 @@ def by_document(queries: Tensor, keys: Tensor, query_order: Tensor, key_order: T
 
         return attend
     mask = (queries.unsqueeze(2) == keys.unsqueeze(1)) & (query_order.unsqueeze(1) >= key_order)
-    return masked(mask)
+    return masked_attention(mask)
 
 
-def masked(visible: Tensor) -> Attend:
+def masked_attention(visible: Tensor) -> Attend:
     """Attention by a mask, bool [B, T, P], of the keys that each query sees."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

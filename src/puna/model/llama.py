@@ -49,20 +49,23 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids [...] -> vectors [..., hidden]. `first` is the first id held here when the vocabulary is split."""
+    """Token ids [...] -> vectors [..., hidden].
+
+    `vocab_start`: the first id of this rank's part of a split vocabulary, None for a whole one.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self.first: int | None = None
+        self.vocab_start: int | None = None
         self.leave: Callable[[Tensor], Tensor] = identity
         self.get_param: Callable[[nn.Module, str], Tensor] = getattr
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.get_param(self, "weight")
-        if self.first is None:
+        if self.vocab_start is None:
             return self.leave(F.embedding(ids, weight))
-        local = ids - self.first
+        local = ids - self.vocab_start
         outside = (local < 0) | (local >= weight.shape[0])
         x = F.embedding(local.masked_fill(outside, 0), weight)
         return self.leave(x.masked_fill(outside.unsqueeze(-1), 0))

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puna.model.attention import Attend, by_document
+from puna.model.attention import Attend, document_attention
 from puna.parallel.collectives import gather_sequence
 
 QUERIES = 1024  # whose scores the ring makes at once
 
 
-def places(length: int, rank: int, size: int) -> Tensor:
+def local_positions(length: int, rank: int, size: int) -> Tensor:
     """Where the tokens of a rank's part stand in the sequence of `length`, int64 [length / size]."""
     chunks = torch.arange(length).chunk(2 * size)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
@@ -31,11 +31,11 @@ def attention(documents: Tensor | None, group: dist.ProcessGroup, method: str) -
     assert documents is not None  # the layout has made them up where there were none
     device, size = documents.device, group.size()
     length = documents.shape[1] * size
-    orders = [places(length, rank, size).to(device) for rank in range(size)]
+    orders = [local_positions(length, rank, size).to(device) for rank in range(size)]
     order = orders[group.rank()]
     everyones = gather_sequence(documents.unsqueeze(-1), group).squeeze(-1)
     if method == "allgather":
-        inner = by_document(documents, everyones, order, torch.cat(orders))
+        inner = document_attention(documents, everyones, order, torch.cat(orders))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return inner(layer, q, gather_sequence(k, group), gather_sequence(v, group))

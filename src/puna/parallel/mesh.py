@@ -46,7 +46,7 @@ class MeshOptions:
         return self.dp_replicate * self.dp_shard
 
 
-def fill(options: MeshOptions, ranks: int) -> MeshOptions:
+def resolve(options: MeshOptions, ranks: int) -> MeshOptions:
     """The options with `dp_shard` filled in. Raises UserError where `ranks` ranks cannot make this mesh."""
     for axis in ("dp_replicate", "tp", "pp", "virtual_stages", "cp"):
         if getattr(options, axis) < 1:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from puna.errors import UserError
 from puna.kernels import cpu_bf16
-from puna.model.attention import Attend, causal, packed
+from puna.model.attention import Attend, causal, packed_attention
 from puna.model.linear import Linear
 from puna.model.llama import MLP, Block, Llama, RMSNorm, identity
 from puna.model.lora import LoRA
@@ -27,14 +27,14 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Head:
-    """The output layer that a loss multiplies with: weight [ids, hidden] of the ids from `first` on.
+    """The output layer that a loss multiplies with: weight [ids, hidden] of the ids from `vocab_start` on.
 
     `group` is that of the ranks that hold the other ids, None when all are here. A loss returns, of the gradient of its
     hidden states, this part's share; the shares are summed outside.
     """
 
     weight: Tensor
-    first: int = 0
+    vocab_start: int = 0
     group: dist.ProcessGroup | None = None
 
 
@@ -53,14 +53,14 @@ class ModelPart(nn.Module):
         self.attention: Callable[[Tensor | None], Attend] = attention
         self.enter: Callable[[Tensor], Tensor] = identity  # into the output layer, where its ids are split
         self.group: dist.ProcessGroup | None = None
-        self.first = 0
+        self.vocab_start = 0
 
     def forward(self, x: Tensor, *, positions: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
         hidden = self.model(x, positions, self.attention(documents))
         if self.model.lm_head is None:
             return hidden
         assert self.loss is not None
-        return self.loss(self.enter(hidden), labels, Head(self._head(), self.first, self.group))
+        return self.loss(self.enter(hidden), labels, Head(self._head(), self.vocab_start, self.group))
 
     def _head(self) -> Tensor:
         layer = self.model.lm_head
@@ -73,7 +73,7 @@ class ModelPart(nn.Module):
 
 def attention(documents: Tensor | None) -> Attend:
     """Attention over whole rows: causal, and within each document where there are several."""
-    return causal if documents is None else packed(documents)
+    return causal if documents is None else packed_attention(documents)
 
 
 def compute_in(model: Llama, dtype: torch.dtype) -> None:
@@ -101,7 +101,9 @@ def use_blocked(part: ModelPart) -> None:
             module.kernel = cpu_bf16.rms_norm
         elif isinstance(module, MLP):
             module.kernel = cpu_bf16.swiglu
-    part.attention = lambda documents: cpu_bf16.causal if documents is None else packed(documents, cpu_bf16.causal)
+    part.attention = lambda documents: (
+        cpu_bf16.causal if documents is None else packed_attention(documents, cpu_bf16.causal)
+    )
 
 
 def compile_blocks(part: ModelPart) -> None:

@@ -41,8 +41,8 @@ def start(device: str) -> TensorParallel | None:
     control = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     assert dist.group.WORLD is not None
     tp = TensorParallel(dist.get_rank(), size, dist.group.WORLD, control)
-    atexit.register(tp.leave)
-    with tp.agree():
+    atexit.register(tp.shutdown)
+    with tp.raise_together():
         if on_gpu:
             _take_gpu(device, int(os.environ["LOCAL_RANK"]))
     return tp

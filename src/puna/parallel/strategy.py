@@ -15,7 +15,7 @@ A microbatch is a dict of tensors [B, T]: ids, labels (already shifted, -100 is 
 
 loss(hidden [B, T, d], labels [B, T], head: Head) -> Tensor [k]: sums over this microbatch's tokens. The first is what
 is minimised, the others are only added up ([loss + z, tokens, z]). `head.weight` [vocab part, d] has a gradient;
-`head.group` is the tensor-parallel group when the vocabulary is split (ids from `head.first` on), else None.
+`head.group` is the tensor-parallel group when the vocabulary is split (ids from `head.vocab_start` on), else None.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from puna.model.llama import Llama
 from puna.parallel import context_parallel, fsdp, tp_training
 from puna.parallel.collectives import enter
 from puna.parallel.heartbeat import LOST, Heartbeat, RankLost, ended, is_lost
-from puna.parallel.mesh import MeshOptions, check_length, check_model, fill
+from puna.parallel.mesh import MeshOptions, check_length, check_model, resolve
 from puna.parallel.model_part import Loss, ModelPart, compile_blocks, compute_in, recompute, use_blocked, whole
 from puna.parallel.pipeline import Pipeline, cut
 from puna.parallel.tp_training import local, materialise
@@ -76,7 +76,7 @@ class ParallelStrategy:
         ranks do not fill the mesh.
         """
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        options = fill(options, ranks)
+        options = resolve(options, ranks)
         if ranks == 1:
             return cls.single(device)
         kind = torch.device(device).type
@@ -152,7 +152,7 @@ class ParallelStrategy:
             mesh = self.mesh["tp"]
             tp_training.split(model, model.config, mesh, options.sequence_parallel)
             part.enter, part.group = enter(mesh.get_group(), options.sequence_parallel), mesh.get_group()
-            part.first = tp_training.first_id(model.config.vocab_size, self.tp, options.tp)
+            part.vocab_start = tp_training.vocab_start(model.config.vocab_size, self.tp, options.tp)
         if self.context is not None:
             group = self.context
             part.attention = lambda documents: context_parallel.attention(documents, group, options.cp_method)
@@ -241,7 +241,7 @@ class ParallelStrategy:
         if self.context is None:
             return batch
         batch.setdefault("documents", torch.zeros_like(batch["ids"]))
-        kept = context_parallel.places(batch["ids"].shape[1], self.cp, self.options.cp).to(self.device)
+        kept = context_parallel.local_positions(batch["ids"].shape[1], self.cp, self.options.cp).to(self.device)
         return {name: tensor[:, kept] for name, tensor in batch.items()}
 
     def sum(self, sums: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from puna.errors import UserError
 from puna.model.llama import MLP, Attention, Embedding, Llama
 from puna.model.tp_plan import check_tp, chunk, tp_slice
 
-MESSAGE = 8192  # bytes that `share` sends at once: the tokens of some hundred sequences
+BROADCAST_BYTES = 8192  # bytes that `broadcast_object` sends at once: the tokens of some hundred sequences
 
 
 class RankLost(UserError):
@@ -31,7 +31,7 @@ class RankLost(UserError):
 class TensorParallel:
     """This process's place among the ranks. Tensors go through `group`, Python objects through `control`.
 
-    Every method but `leave` is a collective: all ranks call it, in the same order.
+    Every method but `shutdown` is a collective: all ranks call it, in the same order.
     """
 
     rank: int
@@ -40,44 +40,44 @@ class TensorParallel:
     control: dist.ProcessGroup
     broken: bool = False  # a step was left half way: the ranks no longer agree on what comes next
 
-    def reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks; x is overwritten."""
         x = x.contiguous()
         self._run(dist.all_reduce, x, group=self.group)
         return x
 
-    def gather(self, x: Tensor) -> list[Tensor]:
+    def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's x, which all have the same shape."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self._run(dist.all_gather, parts, x.contiguous(), group=self.group)
         return parts
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value; what the others give is ignored.
 
         The ranks wait for this twice a step: one broadcast, where torch's `broadcast_object_list` makes two, as
-        long as the pickle fits into MESSAGE bytes.
+        long as the pickle fits into BROADCAST_BYTES bytes.
         """
         if self.broken:
             raise UserError("the other ranks are gone, since a step was broken off; start the script again.")
         data = pickle.dumps(value) if self.rank == 0 else b""
-        message = bytearray(struct.pack("<q", len(data)) + data).ljust(MESSAGE)
-        first, rest = message[:MESSAGE], message[MESSAGE:]
+        message = bytearray(struct.pack("<q", len(data)) + data).ljust(BROADCAST_BYTES)
+        first, rest = message[:BROADCAST_BYTES], message[BROADCAST_BYTES:]
         self._broadcast(first)
         (size,) = struct.unpack_from("<q", first)
-        if size + 8 > MESSAGE:
-            rest = rest or bytearray(size + 8 - MESSAGE)
+        if size + 8 > BROADCAST_BYTES:
+            rest = rest or bytearray(size + 8 - BROADCAST_BYTES)
             self._broadcast(rest)
         return value if self.rank == 0 else pickle.loads((first + rest)[8 : 8 + size])
 
-    def least(self, value: int) -> int:
+    def all_reduce_min(self, value: int) -> int:
         """The smallest value that a rank gives."""
         box = torch.tensor(value)
         self._run(dist.all_reduce, box, dist.ReduceOp.MIN, group=self.control)
         return int(box)
 
     @contextmanager
-    def agree(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """What one rank cannot do, none goes on with: rank 0 raises the UserError of any, the others end in silence.
 
         Inside it, all ranks or none come to a collective.
@@ -95,7 +95,7 @@ class TensorParallel:
                 raise SystemExit(0)
             raise mine or UserError(f"rank {failed}: {words[failed]}")
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """At the end of the process: end the groups and gloo's threads, one of which may still wait to free a tensor.
 
         With NCCL that would wait, after a step was broken off, for ranks that wait for this one: there the end of the
@@ -131,9 +131,9 @@ def split(model: Llama, tp: TensorParallel) -> None:
         if isinstance(module, Attention):
             module.kv_heads = module.k_proj.weight.shape[0] // module.head_dim
         if isinstance(module, Attention | MLP):
-            module.leave = tp.reduce
+            module.leave = tp.all_reduce
         elif isinstance(module, Embedding):
-            module.first, module.leave = chunk(config.vocab_size, tp.rank, tp.size).start, tp.reduce
+            module.vocab_start, module.leave = chunk(config.vocab_size, tp.rank, tp.size).start, tp.all_reduce
     model.gather = lambda logits: gather_vocab(logits, config.vocab_size, tp)
 
 
@@ -141,5 +141,5 @@ def gather_vocab(logits: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
     """Logits [..., local vocab] -> [..., vocab]. Parts travel in one size; the last ones may be one shorter."""
     parts = [chunk(vocab_size, rank, tp.size) for rank in range(tp.size)]
     lengths = [part.stop - part.start for part in parts]
-    gathered = tp.gather(nn.functional.pad(logits, (0, lengths[0] - lengths[tp.rank])))
+    gathered = tp.all_gather(nn.functional.pad(logits, (0, lengths[0] - lengths[tp.rank])))
     return torch.cat([part[..., :length] for part, length in zip(gathered, lengths, strict=True)], -1)

@@ -52,7 +52,7 @@ def split(model: nn.Module, config: ModelConfig, mesh: DeviceMesh, sequence: boo
         if isinstance(part, Attention | MLP):
             part.enter, part.leave = enter(group, sequence), leave(group, sequence)
         if isinstance(part, Embedding):
-            part.first, part.leave = first_id(config.vocab_size, rank, mesh.size()), leave(group, sequence)
+            part.vocab_start, part.leave = vocab_start(config.vocab_size, rank, mesh.size()), leave(group, sequence)
 
 
 def reader(uses: dict[str, Use]):  # type: ignore[no-untyped-def]
@@ -81,7 +81,7 @@ def use(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, size:
     return Use(Replicate(), None, on_a_part or sequence)
 
 
-def first_id(vocab_size: int, rank: int, size: int) -> int:
+def vocab_start(vocab_size: int, rank: int, size: int) -> int:
     """The first id of a rank's part of the vocabulary, cut as DTensor cuts: equal parts, the last ones smaller."""
     return min(rank * -(-vocab_size // size), vocab_size)
 
@@ -90,8 +90,8 @@ def _store(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh)
     whole: nn.Parameter = getattr(module, name)
     shape = list(whole.shape)
     if isinstance(placement, Shard):
-        start = first_id(shape[placement.dim], mesh.get_local_rank(), mesh.size())
-        end = first_id(shape[placement.dim], mesh.get_local_rank() + 1, mesh.size())
+        start = vocab_start(shape[placement.dim], mesh.get_local_rank(), mesh.size())
+        end = vocab_start(shape[placement.dim], mesh.get_local_rank() + 1, mesh.size())
         shape[placement.dim] = end - start
     local = torch.empty(shape, dtype=whole.dtype, device=whole.device)
     stored = DTensor.from_local(local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())

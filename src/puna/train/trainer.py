@@ -164,7 +164,7 @@ class Trainer:
 
     def loss(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
         """[loss with z-loss, tokens, z] of a microbatch."""
-        part = None if head.group is None else VocabPart(head.group, head.first)
+        part = None if head.group is None else VocabPart(head.group, head.vocab_start)
         z_loss = self.options.optim.z_loss if torch.is_grad_enabled() else 0.0
         loss, count, z = chunked_loss(
             hidden, labels, head.weight, chunk=self.options.loss_chunk, z_loss=z_loss, tp=part
