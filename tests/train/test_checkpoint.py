@@ -113,7 +113,7 @@ def resign(path):
     content = json.loads((path / "manifest.json").read_text())
     for name in content["files"]:
         content["files"][name] = {
-            "size": (path / name).stat().st_size, "sha256": checkpoint._sha256(path / name),
+            "size": (path / name).stat().st_size, "sha256": checkpoint.sha256(path / name),
         }  # fmt: skip
     (path / "manifest.json").write_text(json.dumps(content))
 
@@ -170,7 +170,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch, where):
     if where == "data":
         monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
     else:
-        monkeypatch.setattr("puna.train.checkpoint.os.fsync", full)
+        monkeypatch.setattr("puna.files.os.fsync", full)
     with pytest.raises(UserError, match="step 2 could not be saved: the disk is full; earlier checkpoints"):
         made.save(2, state(2.0), {})
         made.wait()

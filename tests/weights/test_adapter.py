@@ -16,12 +16,11 @@ from launching import launch
 from puna.cli import main
 from puna.commands.lora_merge import merge_adapter
 from puna.errors import UserError
-from puna.files import read_json
+from puna.files import manifest_path, read_json
 from puna.llm import LLM, load
 from puna.model.linear import Linear
 from puna.model.lora import LoraOptions, add_lora, lora_tensors, saved
 from puna.model_loader import load_model
-from puna.staging import manifest_path
 from puna.weights.adapter import read_adapter, write_adapter
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.merge import merge

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from puna import cli
 from puna.errors import UserError
+from puna.files import manifest_path, staged
 from puna.model.attention import causal
 from puna.model_loader import load_model
-from puna.staging import manifest_path, staged
 from puna.weights import verification
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert, summary

@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_nothing(index, tmp_path):
     while not begun.exists():
         time.sleep(0.05)
         assert pull.poll() is None
-    assert list(hub.cache_dir().glob("*/.pull-*"))
+    assert list(hub.cache_dir().glob("*/.*.part"))
     os.killpg(pull.pid, signal.SIGINT)
     assert pull.wait(SECONDS) == 130
     assert list(hub.cache_dir().glob("*/*")) == [] and b"Traceback" not in pull.stderr.read()

@@ -8,11 +8,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from puna.errors import UserError
-from puna.files import read_json
+from puna.files import manifest_path, read_json
 from puna.model.config import ModelConfig
 from puna.model.presets import PRESETS
 from puna.option_sets import InfoOptions
-from puna.staging import manifest_path
 from puna.tokenizer import Tokenizer
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
 

@@ -15,6 +15,7 @@ from puna import __version__
 from puna.data.indexed_dataset import open_dataset
 from puna.data.loader import PackedLoader
 from puna.errors import UserError
+from puna.files import write_text
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.lora import LoraOptions, add_lora, initial
@@ -103,7 +104,7 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
     config = to_yaml(options)
     trained = strategy.trained(parts)
     if strategy.is_first:
-        (options.out / "config.yaml").write_text(config, encoding="utf-8")
+        write_text(options.out / "config.yaml", config)
         shown = sum(math.prod(shape) for shape in origin.config.tensors().values())
         monitor.note(
             f"{origin.name}: {shown:,} parameters, {trained:,} trained; {steps:,} steps of"

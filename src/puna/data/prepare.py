@@ -28,6 +28,7 @@ from puna.data.sources import Chunk, Source
 from puna.data.worker import Encoded, Job
 from puna.data.writer import Output, Stats, all_stores, prefix_of
 from puna.errors import UserError
+from puna.files import sha256
 from puna.option_sets import PrepareOptions
 from puna.progress import meter
 from puna.tokenizer import Tokenizer
@@ -253,7 +254,7 @@ def _report(card: dict[str, Any], found: list[Source], stats: Stats) -> None:
 def _hashes(found: list[Source], workers: int) -> dict[str, str]:
     local = [source.name for source in found if source.format != "hub"]
     with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(local, pool.map(worker.digest, local), strict=True))
+        return dict(zip(local, pool.map(sha256, local), strict=True))
 
 
 def _cores() -> int:

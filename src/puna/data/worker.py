@@ -144,9 +144,3 @@ def start_worker(job: Job) -> None:
 
 def work(chunk: Chunk) -> Encoded:
     return encode_chunk(_job, chunk)
-
-
-def digest(path: str) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import numpy as np
 from puna.data import handlers
 from puna.data.indexed_dataset import IndexedDatasetBuilder, token_dtype
 from puna.data.worker import NAMED, STORES, Counts, Encoded, Job
+from puna.files import write_json
 from puna.option_sets import PrepareOptions
 
 SAVE_SECONDS = 20.0
@@ -114,7 +114,7 @@ class Output:
         self.stats.add(source, result)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.stats.marks = {split + store: writer.mark() for (split, store), writer in self._writers.items()}
-            _write(self.manifest, {"identity": self.identity, "stats": self.stats.state_dict()})
+            write_json(self.manifest, {"identity": self.identity, "stats": self.stats.state_dict()})
             self._saved, self._kept = time.monotonic(), True
 
     def publish(self, card_path: Path, card: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class Output:
                 writer.finalize()
             else:
                 writer.discard()
-        _write(card_path, card)
+        write_json(card_path, card)
         self.manifest.unlink(missing_ok=True)
 
     def _resume(self) -> Stats:
@@ -143,13 +143,3 @@ class Output:
         except (ValueError, KeyError, TypeError):
             print(f"{self.manifest} is damaged: starting over", file=sys.stderr)
         return Stats()
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -9,14 +9,13 @@ from tokenizer.json as it stands.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from puna.errors import UserError
+from puna.files import write_bytes
 from puna.tokenizer.sentencepiece_model import read_spm
 from puna.tokenizer.spec import TokenizerSpec, add_tokens, read_bytes, read_json, set_ends
 from puna.tokenizer.tiktoken_bpe import read_tiktoken
@@ -204,23 +203,9 @@ def write_directory(parts: TokenizerSpec, folder: Path) -> None:
         config["chat_template"] = parts.templates["default"] if list(parts.templates) == ["default"] else several
     files["tokenizer_config.json"] = _json(config)
     for name, data in files.items():
-        _write(folder / name, data)
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(folder / name, data)
 
 
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -8,9 +8,7 @@ hidden name while training goes on, and renamed when all of it is on the disk; a
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -25,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from puna.errors import UserError
-from puna.staging import sync
+from puna.files import sha256, sync, write_text
 from puna.train.safe_load import load_state
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
@@ -176,15 +174,12 @@ class CheckpointManager:
         if written is not None:
             written.result()
         mine = [*hidden.glob(f"__{self.rank}_*"), *([hidden / ".metadata"] if self.rank == 0 else [])]
-        return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
+        return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in mine}
 
     def _publish(self, pending: _Pending, files: dict[str, dict[str, Any]]) -> None:
         hidden, path = self._hidden(pending.step), self.folder / _name(pending.step)
         content = {"format": FORMAT, "step": pending.step, "files": files, "facts": pending.facts}
-        with (hidden / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(hidden / MANIFEST, json.dumps(content, indent=1))
         if path.exists():
             self._remove(path)
         hidden.rename(path)
@@ -261,7 +256,7 @@ def _differs(path: Path, wanted: dict[str, Any]) -> str | None:
         return f"{path.parent} is not whole: {path.name} is missing"
     if path.stat().st_size != wanted["size"]:
         return f"{path.parent} is cut short: {path.name} has {path.stat().st_size:,} of {wanted['size']:,} bytes"
-    if _sha256(path) != wanted["sha256"]:
+    if sha256(path) != wanted["sha256"]:
         return f"{path.parent} is damaged: {path.name} is not what was saved"
     return None
 
@@ -280,8 +275,3 @@ def _reason(error: BaseException) -> str:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

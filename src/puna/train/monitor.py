@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import UserError
+from puna.files import write_text
 from puna.train.options import LogOptions
 
 RECENT = 50  # steps that a spike is compared with
@@ -143,9 +144,7 @@ def keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # cut short when the process was killed
-    beside = path.with_name(f".{path.name}")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _line(metrics: Metrics, steps: int, left: str) -> str:

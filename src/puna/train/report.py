@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from puna.files import write_bytes
 from puna.train.monitor import Metrics
 
 PLOTS = (("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens/s"))
@@ -22,7 +23,7 @@ def write_report(folder: Path, metrics: Sequence[Metrics], config: str, environm
     """Writes loss.png and report.html into a run's folder. `config` is its YAML."""
     if not metrics:
         return
-    _replace(folder / "loss.png", _figure(metrics, PLOTS[:1], "png"))
+    write_bytes(folder / "loss.png", _figure(metrics, PLOTS[:1], "png"))
     last = metrics[-1]
     best = min((line["validation_loss"] for line in metrics if "validation_loss" in line), default=None)
     facts = {
@@ -44,7 +45,7 @@ def write_report(folder: Path, metrics: Sequence[Metrics], config: str, environm
 <h2>Environment</h2>{_table(environment)}
 </body></html>
 """
-    _replace(folder / "report.html", page.encode())
+    write_bytes(folder / "report.html", page.encode())
 
 
 def environment(ranks: int, device: torch.device) -> dict[str, str]:
@@ -95,9 +96,3 @@ def _table(facts: dict[str, str]) -> str:
 
 def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}")
-    beside.write_bytes(content)
-    beside.replace(path)

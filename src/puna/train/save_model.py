@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.files import write_json
+from puna.files import MANIFEST, staged, write_json
 from puna.model.config import ModelConfig
 from puna.model.lora import LoraOptions
 from puna.parallel.model_part import ModelPart
 from puna.parallel.strategy import ParallelStrategy
-from puna.staging import MANIFEST, staged
 from puna.tokenizer import Tokenizer
 from puna.weights.adapter import write_adapter
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo

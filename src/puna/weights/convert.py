@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from puna.errors import UserError, nearest
-from puna.files import write_json
+from puna.files import manifest_path, staged, write_json
 from puna.option_sets import ConvertOptions
 from puna.progress import meter, track
-from puna.staging import manifest_path, staged
 from puna.weights import verification
 from puna.weights.checkpoint import Checkpoint, Index, open_checkpoint
 from puna.weights.formats.gguf.writer import write_gguf

