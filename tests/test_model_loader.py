@@ -47,7 +47,7 @@ def test_packed_product_equals_the_plain_one(dtype, rows):
     weight, x = torch.randn(96, 160, dtype=torch.float64), torch.randn(rows, 160, dtype=torch.float64)
     weight, x = weight.to(dtype), x.to(dtype)
     exact = F.linear(x.double(), weight.double())
-    error = (PackedWeight(weight).matmul(x, torch.nn.Linear(160, 96)).double() - exact).abs()
+    error = (PackedWeight(weight)(x, torch.nn.Linear(160, 96)).double() - exact).abs()
     # One rounding of the result, and float32 sums on the way to it.
     summed = F.linear(x.double().abs(), weight.double().abs())
     assert (error <= torch.finfo(dtype).eps * exact.abs() + 8 * torch.finfo(torch.float32).eps * summed).all()

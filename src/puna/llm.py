@@ -34,6 +34,7 @@ from puna.model_loader import DTYPES, load_model, random_model
 from puna.parallel.memory import free_bytes
 from puna.parallel.process_group import serve, start
 from puna.progress import meter
+from puna.quant.registry import choose_scheme
 from puna.tokenizer import Tokenizer
 from puna.weights.adapter import read_adapter
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
@@ -132,6 +133,7 @@ class LLM:
         device: str = "auto",
         weights: str = "auto",
         adapter: str | Path | None = None,
+        quantization: str | None = None,
         template: str | None = None,
         max_model_len: int | None = None,
         kv_tokens: int | None = None,
@@ -145,7 +147,9 @@ class LLM:
         agree = tp.raise_together if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
         with agree():
             where = choose_device(device)
-            room = free_bytes(where)  # of all ranks, before one of them begins to load
+            if quantization is not None:
+                choose_scheme(quantization)
+            available = free_bytes(where)  # of all ranks, before one of them begins to load
         with agree():
             generation: dict[str, Any] = {}
             stop_ids: tuple[int, ...] = ()
@@ -153,7 +157,17 @@ class LLM:
                 raise UserError("an adapter belongs to a model's own weights; leave it out, or weights=random.")
             if weights == "random" and str(model) in PRESETS:
                 self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
-                self.model = random_model(self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet, room=room)
+                self.model = random_model(
+                    self.config,
+                    kind,
+                    where,
+                    seed=seed,
+                    tp=tp,
+                    fast=True,
+                    quiet=quiet,
+                    quantization=quantization,
+                    available=available,
+                )
             elif weights in ("auto", "random"):
                 with _open(model, revision, weights) as source:
                     if adapter is not None:
@@ -169,10 +183,27 @@ class LLM:
                             self.tokenizer = self.tokenizer.with_template(template)
                     if weights == "random":
                         self.model = random_model(
-                            self.config, kind, where, seed=seed, tp=tp, fast=True, quiet=quiet, room=room
+                            self.config,
+                            kind,
+                            where,
+                            seed=seed,
+                            tp=tp,
+                            fast=True,
+                            quiet=quiet,
+                            quantization=quantization,
+                            available=available,
                         )
                     else:
-                        self.model = load_model(source, kind, where, tp=tp, fast=True, quiet=quiet, room=room)
+                        self.model = load_model(
+                            source,
+                            kind,
+                            where,
+                            tp=tp,
+                            fast=True,
+                            quiet=quiet,
+                            quantization=quantization,
+                            available=available,
+                        )
             else:
                 raise UserError(f"weights must be auto or random, not {weights!r}.")
             self.defaults = SamplingParams.from_generation_config(generation)

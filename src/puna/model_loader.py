@@ -1,15 +1,16 @@
-"""From a checkpoint to a model that runs, in one fixed order: meta, split, load, adapt, fuse, pack.
+"""From a checkpoint to a model that runs, in one fixed order: meta, split, quantise, load, adapt, fuse, choose kernels.
 
-Nothing is allocated before the model has its final shape: modules are made on the meta device, cut to this rank's part,
-and filled tensor by tensor, each rank reading only its slices. Fusing comes after, on local shards; packing (CPU) is
-last.
+Nothing is allocated before the model has its final shape: modules are made on the meta device, cut to this rank's part
+and declared as their scheme stores them; then each tensor is read, only this rank's slice of it where that is enough,
+and packed. Fusing comes after, on local shards; kernels are chosen last. (Not `load.py`: a module of that name would
+hide the function `puna.load`.)
 """
 
 from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,8 @@ from puna.model.tp_plan import tp_slice
 from puna.parallel.memory import free_bytes
 from puna.parallel.tp_inference import TensorParallel, split
 from puna.progress import track
+from puna.quant.registry import choose_scheme, quantised_layers
+from puna.quant.scheme import QuantScheme
 from puna.weights.adapter import Adapter, attach
 from puna.weights.merge import replaced
 
@@ -46,19 +49,22 @@ def load_model(
     *,
     tp: TensorParallel | None = None,
     adapter: Adapter | None = None,
+    quantization: str | None = None,
     fast: bool = False,
     quiet: bool = True,
-    room: int | None = None,
+    available: int | None = None,
 ) -> Llama:
     """The model of an open checkpoint, with weights of `dtype` on `device`, in evaluation mode.
 
     `tp` splits it over a tensor-parallel group; `adapter` goes in unmerged (`weights.merge.merge` gives a merged
-    source); `fast` fuses and packs it for inference. `room`: bytes that this rank may take, None for what is free now.
-    Raises UserError when that is too little, and when a tensor is missing or of another shape.
+    checkpoint); `quantization` names the scheme that the linear layers are packed in as they are read; `fast` fuses
+    layers and chooses kernels for inference. `available`: bytes that this rank may take, None for what is free now.
+    Raises UserError when that is too little, when a tensor is missing or misshapen, and when the scheme doesn't fit the
+    model.
     """
     if adapter is not None:
         source = replaced(source, adapter)
-    return _build(source.config, source.read, dtype, device, tp, fast, quiet, room, adapter)
+    return _build(source.config, source.read, dtype, device, tp, adapter, quantization, fast, quiet, available)
 
 
 def random_model(
@@ -68,16 +74,18 @@ def random_model(
     *,
     seed: int = 0,
     tp: TensorParallel | None = None,
+    quantization: str | None = None,
     fast: bool = False,
     quiet: bool = True,
-    room: int | None = None,
+    available: int | None = None,
 ) -> Llama:
-    """The same with random weights; the same for every split."""
-    return _build(config, random_reader(config, dtype, device, seed), dtype, device, tp, fast, quiet, room)
+    """The same with random weights, which don't depend on the tensor-parallel size."""
+    read = random_reader(config, dtype, device, seed)
+    return _build(config, read, dtype, device, tp, None, quantization, fast, quiet, available)
 
 
 def random_reader(config: ModelConfig, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Reader:
-    """Weights before any training, by their names alone: normal with deviation 0.02, norms 1, biases 0."""
+    """Random initialisation, by a tensor's name alone: normal with deviation 0.02, norms 1, biases 0."""
     shapes = config.tensors()
 
     def read(name: str, index: tuple[slice, ...]) -> Tensor:
@@ -97,90 +105,144 @@ def _build(
     dtype: torch.dtype,
     device: str | torch.device,
     tp: TensorParallel | None,
+    adapter: Adapter | None,
+    quantization: str | None,
     fast: bool,
     quiet: bool,
-    room: int | None,
-    adapter: Adapter | None = None,
+    available: int | None,
 ) -> Llama:
+    device = torch.device(device)
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config).to(dtype)
     if tp is not None:
         split(model, tp)
-    _check_room(model, dtype, device, free_bytes(device) if room is None else room)
-    _load(model, read, dtype, torch.device(device), tp, quiet)
+    if quantization is not None:
+        declare(model, choose_scheme(quantization))
+    check_memory(model, device, free_bytes(device) if available is None else available)
+    load_weights(model, read, dtype, device, tp, quiet)
     if adapter is not None:
         attach(model, adapter, dtype, device, rank=tp.rank if tp else 0, size=tp.size if tp else 1)
     if fast:
         fuse(model)
-        if torch.device(device).type == "cpu":
-            pack(model, dtype, notes=tp is None or tp.rank == 0)
+        choose_kernels(model, dtype, device, notes=tp is None or tp.rank == 0)
     if dtype in (torch.bfloat16, torch.float16):
         model.residual_dtype = torch.float32
     return model.eval().requires_grad_(False)
 
 
-def _check_room(model: Llama, dtype: torch.dtype, device: str | torch.device, room: int) -> None:
-    """Refuse a meta model whose weights, this rank's part of them, would not fit into `room` bytes."""
-    needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    if needed > room:
-        raise UserError(
-            f"the weights take {needed:,} bytes ({needed / 2**30:.1f} GiB) of {str(dtype).removeprefix('torch.')}, but"
-            f" {device} has {room:,} bytes free; use a smaller model or dtype, more ranks or another device."
+def declare(model: Llama, scheme: QuantScheme) -> None:
+    """Give the quantised layers of a meta model the tensors that the scheme stores, and the scheme's plain product."""
+    for name, linear in quantised_layers(model):
+        try:
+            shapes = scheme.shapes(*linear.weight.shape)
+        except UserError as error:
+            raise UserError(f"The scheme {scheme.name} doesn't fit {name}: {error}") from None
+        _store(
+            linear,
+            scheme,
+            {n: torch.empty(shape, dtype=scheme.stored[n].dtype, device="meta") for n, shape in shapes.items()},
         )
 
 
-def _load(
+def _store(linear: Linear, scheme: QuantScheme, tensors: Mapping[str, Tensor]) -> None:
+    if "weight" not in tensors:
+        linear.weight = None  # type: ignore[assignment]
+    for name, tensor in tensors.items():
+        setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
+    linear.scheme, linear.kernel = scheme, scheme.matmul
+
+
+def check_memory(model: Llama, device: torch.device, available: int) -> None:
+    """Refuse a meta model whose tensors, as this rank stores them, would not fit into `available` bytes."""
+    needed = sum(tensor.numel() * tensor.dtype.itemsize for tensor in model.parameters())
+    if needed > available:
+        raise UserError(
+            f"The weights take {needed:,} bytes ({needed / 2**30:.1f} GiB), but {device} has {available:,} bytes free;"
+            " use a smaller model or dtype, --quantization, more ranks or another device."
+        )
+
+
+def load_weights(
     model: Llama, read: Reader, dtype: torch.dtype, device: torch.device, tp: TensorParallel | None, quiet: bool
 ) -> None:
     """Replace each meta parameter by its tensor."""
     rank, size = (tp.rank, tp.size) if tp else (0, 1)
     for name, shape in track(model.config.tensors().items(), "Loading weights", unit="tensors", quiet=quiet):
-        tensor = read(name, tp_slice(name, shape, model.config, rank, size))
         owner, _, kind = name.removeprefix("model.").rpartition(".")
-        module = model.get_submodule(owner)
-        expected = getattr(module, kind).shape
-        if tensor.shape != expected:
-            raise UserError(f"{name} has shape {list(tensor.shape)}, the config says {list(expected)}.")
+        module, index = model.get_submodule(owner), tp_slice(name, shape, model.config, rank, size)
+        if isinstance(module, Linear) and isinstance(module.scheme, QuantScheme) and kind == "weight":
+            _store(module, module.scheme, _packed(module.scheme, name, shape, index, read, device))
+            continue
         # A copy even where nothing is converted: the reader may have given a view of the file, which is closed soon.
-        tensor = tensor.to(device, dtype, copy=True).contiguous()
+        tensor = read(name, index).to(device, dtype, copy=True).contiguous()
+        _check_shape(name, tensor, getattr(module, kind).shape)
         setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
     model.tie()
+
+
+def _packed(
+    scheme: QuantScheme,
+    name: str,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    read: Reader,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """This rank's part of a weight as the scheme stores it; rows are packed whole, so that it is the same at any
+    size."""
+    rows, columns = index[0], slice(0, shape[1])
+    weight = read(name, (rows, columns)).to(device)
+    _check_shape(name, weight, (rows.stop - rows.start, shape[1]))
+    return scheme.cut(scheme.pack(weight), (slice(0, rows.stop - rows.start), index[1]))
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise UserError(f"{name} has shape {list(tensor.shape)}, but the config says {list(expected)}.")
 
 
 def fuse(model: Llama) -> None:
     """Merge q, k, v and gate, up into one product each. For inference, after the split: shards are whole heads.
 
-    Layers that carry an adapter stay apart: each adds its own update.
+    Layers that carry an adapter stay apart, since each adds its own update; so do layers of different schemes.
     """
     for module in list(model.modules()):
-        if isinstance(module, Attention) and _plain(module.q_proj, module.k_proj, module.v_proj):
+        if isinstance(module, Attention) and _fusible(module.q_proj, module.k_proj, module.v_proj):
             module.qkv_proj = _concat(module.q_proj, module.k_proj, module.v_proj)
             del module.q_proj, module.k_proj, module.v_proj
-        elif isinstance(module, MLP) and _plain(module.gate_proj, module.up_proj):
+        elif isinstance(module, MLP) and _fusible(module.gate_proj, module.up_proj):
             module.gate_up_proj = _concat(module.gate_proj, module.up_proj)
             del module.gate_proj, module.up_proj
 
 
-def _plain(*parts: Linear) -> bool:
-    return all(part.adapter is None for part in parts)
+def _fusible(*layers: Linear) -> bool:
+    return all(layer.adapter is None and layer.scheme is layers[0].scheme for layer in layers)
 
 
-def _concat(*parts: Linear) -> Linear:
+def _concat(*layers: Linear) -> Linear:
     with torch.device("meta"):
         fused = Linear(1, 1)
-    fused.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
-    if parts[0].bias is not None:
-        fused.bias = nn.Parameter(torch.cat([p.bias for p in parts if p.bias is not None]), requires_grad=False)
+    scheme = layers[0].scheme
+    if isinstance(scheme, QuantScheme):
+        _store(fused, scheme, scheme.fuse([scheme.tensors(layer) for layer in layers]))
+    else:
+        fused.weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=False)
+    biases = [layer.bias.data for layer in layers if layer.bias is not None]
+    if biases:
+        fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     return fused
 
 
-def pack(model: Llama, dtype: torch.dtype, *, notes: bool = True) -> None:
-    """Give every linear layer its packed form and let the plain weight go. Says so where the machine has none."""
-    if not packed_works(dtype):
-        if notes and dtype == torch.bfloat16:
-            print("note: no packed bfloat16 products on this CPU; plain ones run, more slowly.", file=sys.stderr)
-        return
+def choose_kernels(model: Llama, dtype: torch.dtype, device: torch.device, *, notes: bool = True) -> None:
+    """Give every linear layer the fastest product that this device has for it, and say where that is a slow one."""
+    packs = device.type == "cpu" and packed_works(dtype)
+    if notes and device.type == "cpu" and dtype == torch.bfloat16 and not packs:
+        print("note: this CPU has no packed bfloat16 products; plain ones run, more slowly.", file=sys.stderr)
     for module in model.modules():
-        if isinstance(module, Linear):
-            module.scheme = PackedWeight(module.weight)
+        if not isinstance(module, Linear):
+            continue
+        if isinstance(module.scheme, QuantScheme):
+            module.kernel = module.scheme.kernel(device, dtype) or module.scheme.matmul
+        elif packs:
+            module.kernel = PackedWeight(module.weight)
             module.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)

@@ -22,6 +22,7 @@ class ModelOptions:
     dtype: Dtype = option("auto", "data type of the weights in memory; auto is the checkpoint's own")
     weights: Literal["auto", "random"] = option("auto", "random: no weights are read, to time any size")
     adapter: Path | None = option(None, "directory of a LoRA adapter in peft's layout, merged into the weights at load")
+    quantization: str | None = option(None, "int8: store the linear layers' weights as int8, packed while they load")
     template: str | None = option(
         None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
     )

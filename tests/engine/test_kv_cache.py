@@ -81,8 +81,8 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_allocated(
     with pytest.raises(UserError, match=rf"take {needed:,} bytes .* has {needed * 3 // 4:,} bytes free"):
         random_model(PRESETS["tiny-gqa"], torch.float32)
     with pytest.raises(UserError, match=f"has {needed - 1:,} bytes free"):
-        random_model(PRESETS["tiny-gqa"], torch.float32, room=needed - 1)
-    random_model(PRESETS["tiny-gqa"], torch.float32, room=needed)  # measured before the ranks began
+        random_model(PRESETS["tiny-gqa"], torch.float32, available=needed - 1)
+    random_model(PRESETS["tiny-gqa"], torch.float32, available=needed)  # measured before the ranks began
 
 
 def test_a_gpu_has_what_is_free_and_what_torch_holds_unused(monkeypatch: pytest.MonkeyPatch):
@@ -92,7 +92,7 @@ def test_a_gpu_has_what_is_free_and_what_torch_holds_unused(monkeypatch: pytest.
 
 
 def test_the_largest_llama_is_refused_at_once(machine: Path):
-    with pytest.raises(UserError, match=r"take 811,706,777,600 bytes \(756.0 GiB\) of bfloat16, but cpu has"):
+    with pytest.raises(UserError, match=r"take 811,706,777,600 bytes \(756.0 GiB\), but cpu has"):
         LLM("llama3.1-405b", weights="random")
 
 

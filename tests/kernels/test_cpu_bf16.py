@@ -74,7 +74,7 @@ def test_causal_attention(dtype, close, heads, length):
 def test_mixed_products_cast_a_weight_and_keep_its_gradient_wide(frozen):
     linear = Linear(24, 16)
     torch.nn.init.normal_(linear.weight)
-    linear.scheme = cpu_bf16.MixedPrecisionLinear(torch.bfloat16)
+    linear.kernel = cpu_bf16.mixed_precision_linear(torch.bfloat16)
     linear.requires_grad_(not frozen)
     x = torch.randn(2, 5, 24).bfloat16().requires_grad_()
     y = linear(x)

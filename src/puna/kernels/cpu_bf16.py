@@ -9,6 +9,7 @@ bfloat16 as the products that it consists of. Each function here has a twin of t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,17 +20,12 @@ ROWS = 256  # of a norm: 0.6 MB in float32 for SmolLM2
 QUERIES = 128
 
 
-class MixedPrecisionLinear:
-    """A linear layer's scheme: weights stay as they are stored, in float32, and are cast when they are used.
+def mixed_precision_linear(dtype: torch.dtype) -> Callable[[Tensor, nn.Module], Tensor]:
+    """A linear layer's kernel that multiplies in `dtype` with a weight that stays as it is stored, in float32.
 
-    The cast weight is not kept for the backward pass, and the gradient comes in the stored type.
+    The cast weight is not kept for the backward pass, and the gradient has the stored dtype.
     """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def matmul(self, x: Tensor, linear: nn.Module) -> Tensor:
-        return _Product.apply(x.to(self.dtype), linear.weight)
+    return lambda x, linear: _Product.apply(x.to(dtype), linear.weight)
 
 
 class _Product(torch.autograd.Function):

@@ -18,7 +18,8 @@ class PackedWeight:
         with torch.inference_mode():
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
-    def matmul(self, x: Tensor, linear: nn.Module) -> Tensor:
+    def __call__(self, x: Tensor, linear: nn.Module) -> Tensor:
+        """x [..., in] -> [..., out]; the layer itself is not read."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
@@ -35,7 +36,7 @@ def packed_works(dtype: torch.dtype) -> bool:
             for rows in (1, 5, 33):
                 x = torch.randn(rows, 64, generator=generator).to(dtype)
                 close = 1e-4 if dtype == torch.float32 else 0.1
-                if not torch.allclose(packed.matmul(x, linear), F.linear(x, weight), atol=close, rtol=close):
+                if not torch.allclose(packed(x, linear), F.linear(x, weight), atol=close, rtol=close):
                     return False
     except (RuntimeError, AttributeError):
         return False

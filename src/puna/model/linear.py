@@ -1,43 +1,57 @@
-"""One linear layer with slots for the concerns that meet in it, so that they compose instead of multiplying classes."""
+"""One linear layer with slots for what may change in it: how its weight is stored, how it is multiplied, what is added.
+
+The slots compose where classes would multiply: a quantised layer under tensor parallelism with a LoRA adapter is this
+class with three slots filled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Kernel = Callable[[Tensor, "Linear"], Tensor]  # (x [..., in], layer) -> [..., out] without bias and adapter
+
 
 class Scheme(Protocol):
-    """How a weight is stored and multiplied."""
+    """What a layer knows of its quantisation scheme; the record is `puna.quant.scheme.QuantScheme`."""
 
-    def matmul(self, x: Tensor, linear: Linear) -> Tensor:
-        """x [..., in_features] times the stored weight: [..., out_features], without bias."""
+    @property
+    def stored(self) -> Mapping[str, Any]:
+        """The tensors that stand in the place of `weight`, by attribute name."""
         ...
+
+
+def dense(x: Tensor, linear: Linear) -> Tensor:
+    """The product with a weight that is stored as it is: x [..., in] -> [..., out]."""
+    return F.linear(x, linear.get_param(linear, "weight"))
 
 
 class Linear(nn.Module):
     """y = x W^T + b, W [out_features, in_features].
 
-    `get_param(self, name)` returns the weight or bias to compute with: the stored parameter, or what a training layout
-    makes of it (its local shard, a cast). `scheme` replaces the stored weight and the product (quantised, packed);
-    `adapter` adds a low-rank update. None knows of the others. Collectives are not here: `Attention` and `MLP` do one
-    per region.
+    `scheme`: how the weight is stored; None as `weight`, in a float dtype. `kernel`: the product with what is stored,
+    set by whoever sets the scheme, packs the weight for a device or trains in mixed precision. `adapter`: an update
+    that is added (LoRA). `get_param(self, name)` returns the weight or bias to compute with: the stored parameter, or
+    what a training layout makes of it (its local shard, a cast). None of the four knows of the others. Collectives are
+    not here: `Attention` and `MLP` do one per region.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.get_param: Callable[[nn.Module, str], Tensor] = getattr
         self.scheme: Scheme | None = None
+        self.kernel: Kernel = dense
         self.adapter: Callable[[Tensor], Tensor] | None = None
+        self.get_param: Callable[[nn.Module, str], Tensor] = getattr
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] without bias (a row-split layer adds it after the reduction)."""
-        y = F.linear(x, self.get_param(self, "weight")) if self.scheme is None else self.scheme.matmul(x, self)
+        y = self.kernel(x, self)
         return y if self.adapter is None else y + self.adapter(x)
 
     def add_bias(self, y: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def compute_in(model: Llama, dtype: torch.dtype) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear) and module is not model.lm_head:
-            module.scheme, module.get_param = cpu_bf16.MixedPrecisionLinear(dtype), get_param
+            module.kernel, module.get_param = cpu_bf16.mixed_precision_linear(dtype), get_param
         elif isinstance(module, RMSNorm):
             module.get_param = get_param
     model.embed_tokens.leave = lambda x: x.to(dtype)

@@ -124,8 +124,11 @@ def split(model: Llama, tp: TensorParallel) -> None:
     for name, shape in config.tensors().items():
         owner, _, kind = name.removeprefix("model.").rpartition(".")
         index = tp_slice(name, shape, config, tp.rank, tp.size)
-        local = torch.empty([part.stop - part.start for part in index], device="meta")
-        setattr(model.get_submodule(owner), kind, nn.Parameter(local))
+        module = model.get_submodule(owner)
+        local = torch.empty(
+            [part.stop - part.start for part in index], dtype=getattr(module, kind).dtype, device="meta"
+        )
+        setattr(module, kind, nn.Parameter(local))
     model.tie()
     for module in model.modules():
         if isinstance(module, Attention):

@@ -19,13 +19,13 @@ from puna.weights.checkpoint import Checkpoint
 STEP = 1 << 21  # elements of a weight in memory at a time
 
 
-class Streamed:
-    """A linear layer's product, its weight read from the checkpoint some rows at a time (a `model.linear.Scheme`)."""
+class StreamedWeight:
+    """A linear layer's kernel that reads the weight from the checkpoint some rows at a time."""
 
     def __init__(self, source: Checkpoint, name: str) -> None:
         self.source, self.name = source, name
 
-    def matmul(self, x: Tensor, linear: Linear) -> Tensor:
+    def __call__(self, x: Tensor, linear: Linear) -> Tensor:
         rows, columns = self.source.tensors[self.name].shape
         step = max(1, STEP // columns)
         y = x.new_empty(*x.shape[:-1], rows)
@@ -51,7 +51,7 @@ def trace(
         stored = name if name == "lm_head" else f"model.{name}"
         if isinstance(module, Linear):
             tied = stored == "lm_head" and source.config.tie_word_embeddings
-            module.scheme = Streamed(source, embedding if tied else f"{stored}.weight")
+            module.kernel = StreamedWeight(source, embedding if tied else f"{stored}.weight")
         for kind, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 1:
                 setattr(module, kind, nn.Parameter(source.read(f"{stored}.{kind}").to(dtype), requires_grad=False))

@@ -1,0 +1,1 @@
+"""Quantisation schemes: how a linear layer's weight is stored and multiplied, one record each."""
