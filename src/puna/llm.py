@@ -150,6 +150,8 @@ class LLM:
             if quantization is not None:
                 choose_scheme(quantization)
             available = free_bytes(where)  # of all ranks, before one of them begins to load
+        build: dict[str, Any] = {"tp": tp, "quantization": quantization, "available": available}
+        build |= {"fast": True, "quiet": quiet}
         with agree():
             generation: dict[str, Any] = {}
             stop_ids: tuple[int, ...] = ()
@@ -157,17 +159,7 @@ class LLM:
                 raise UserError("an adapter belongs to a model's own weights; leave it out, or weights=random.")
             if weights == "random" and str(model) in PRESETS:
                 self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
-                self.model = random_model(
-                    self.config,
-                    kind,
-                    where,
-                    seed=seed,
-                    tp=tp,
-                    fast=True,
-                    quiet=quiet,
-                    quantization=quantization,
-                    available=available,
-                )
+                self.model = random_model(self.config, kind, where, seed=seed, **build)
             elif weights in ("auto", "random"):
                 with _open(model, revision, weights) as source:
                     if adapter is not None:
@@ -182,28 +174,9 @@ class LLM:
                         if template is not None:
                             self.tokenizer = self.tokenizer.with_template(template)
                     if weights == "random":
-                        self.model = random_model(
-                            self.config,
-                            kind,
-                            where,
-                            seed=seed,
-                            tp=tp,
-                            fast=True,
-                            quiet=quiet,
-                            quantization=quantization,
-                            available=available,
-                        )
+                        self.model = random_model(self.config, kind, where, seed=seed, **build)
                     else:
-                        self.model = load_model(
-                            source,
-                            kind,
-                            where,
-                            tp=tp,
-                            fast=True,
-                            quiet=quiet,
-                            quantization=quantization,
-                            available=available,
-                        )
+                        self.model = load_model(source, kind, where, **build)
             else:
                 raise UserError(f"weights must be auto or random, not {weights!r}.")
             self.defaults = SamplingParams.from_generation_config(generation)
