@@ -34,7 +34,6 @@ from puna.model_loader import DTYPES, load_model, random_model
 from puna.parallel.memory import free_bytes
 from puna.parallel.process_group import serve, start
 from puna.progress import meter
-from puna.quant.registry import choose_scheme
 from puna.tokenizer import Tokenizer
 from puna.weights.adapter import read_adapter
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
@@ -147,11 +146,8 @@ class LLM:
         agree = tp.raise_together if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
         with agree():
             where = choose_device(device)
-            if quantization is not None:
-                choose_scheme(quantization)
             available = free_bytes(where)  # of all ranks, before one of them begins to load
-        build: dict[str, Any] = {"tp": tp, "quantization": quantization, "available": available}
-        build |= {"fast": True, "quiet": quiet}
+        build: dict[str, Any] = dict(tp=tp, quantization=quantization, available=available, fast=True, quiet=quiet)
         with agree():
             generation: dict[str, Any] = {}
             stop_ids: tuple[int, ...] = ()
