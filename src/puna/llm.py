@@ -147,7 +147,7 @@ class LLM:
         with agree():
             where = choose_device(device)
             available = free_bytes(where)  # of all ranks, before one of them begins to load
-        build: dict[str, Any] = dict(tp=tp, quantization=quantization, available=available, fast=True, quiet=quiet)
+        build: Any = {"tp": tp, "quantization": quantization, "available": available, "fast": True, "quiet": quiet}
         with agree():
             generation: dict[str, Any] = {}
             stop_ids: tuple[int, ...] = ()
