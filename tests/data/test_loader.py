@@ -105,6 +105,39 @@ def test_samples_longer_than_a_row(tmp_path):
         PackedLoader([(only, None)], SEQ, 0, long="drop")
 
 
+def instructions(folder, samples):
+    """A dataset of (prompt tokens, answer tokens) samples."""
+    with (
+        IndexedDatasetBuilder(f"{folder}_input_ids_document", np.int32) as ids,
+        IndexedDatasetBuilder(f"{folder}_labels_document", np.int32) as labels,
+    ):
+        for prompt, answer in samples:
+            tokens = np.arange(1, prompt + answer + 1)
+            ids.add(tokens)
+            labels.add(np.where(np.arange(len(tokens)) < prompt, -100, tokens))
+    return open_dataset(folder)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_a_sample_whose_answer_is_cut_off_is_dropped_and_counted(tmp_path, packing):
+    data = instructions(tmp_path / "some", [(4, 4), (SEQ, 4), (SEQ + 1, 4), (SEQ - 1, 9)])
+    loader = PackedLoader([(data, None)], SEQ, 0, long="cut", packing=packing)
+    rows = rows_of(loader, loader.epoch_rows)
+    # The second one's first answer token is still predicted by the last token of the row
+    assert sorted(sample for row in rows for _, sample in row.samples) == [0, 1, 3]
+    assert loader.too_long == {data.prefix: 3} and loader.cut_empty == {data.prefix: 1}
+
+
+@pytest.mark.parametrize(
+    ("samples", "long"),
+    [([(SEQ + 1, 4), (2 * SEQ, 9)], "cut"), ([(SEQ + 1, 4), (9, 0)], "cut"), ([(SEQ, 4), (9, 0)], "drop")],
+)
+def test_nothing_left_to_train_is_refused(tmp_path, samples, long):
+    data = instructions(tmp_path / "none", samples)
+    with pytest.raises(UserError, match=r"none has nothing left to train on: \d of 2 samples are longer than"):
+        PackedLoader([(data, None)], SEQ, 0, long=long)
+
+
 def test_labels_that_are_all_masked_are_refused(tmp_path):
     make(tmp_path / "m", [5, 6], chat=True)
     with IndexedDatasetBuilder(tmp_path / "m_labels_document", np.int32) as labels:

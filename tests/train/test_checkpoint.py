@@ -85,14 +85,14 @@ def flip(path):
     ("harm", "says"),
     [
         (lambda path: flip(path / "__0_0.distcp"), "is damaged: __0_0.distcp is not what was saved"),
-        (lambda path: (path / "__0_0.distcp").write_bytes(b"short"), "is cut short: __0_0.distcp has 5 of"),
-        (lambda path: (path / ".metadata").unlink(), "is not whole: .metadata is missing"),
-        (lambda path: (path / "manifest.json").unlink(), "is no checkpoint of a puna run: it has no manifest.json"),
+        (lambda path: (path / "__0_0.distcp").write_bytes(b"short"), "is incomplete: __0_0.distcp has 5 of"),
+        (lambda path: (path / ".metadata").unlink(), "is incomplete: .metadata is missing"),
+        (lambda path: (path / "manifest.json").unlink(), "is not a checkpoint of puna train: it has no manifest.json"),
         (
             lambda path: (path / "manifest.json").write_text('{"format": '),
-            "is no checkpoint that this version of puna reads: its manifest.json is damaged",
+            "is damaged, or a checkpoint of another version of puna: its manifest.json can't be read",
         ),
-        (lambda path: (path / "manifest.json").write_text('{"format": "other"}'), "its manifest.json is damaged"),
+        (lambda path: (path / "manifest.json").write_text('{"format": "other"}'), "its manifest.json can't be read"),
     ],
 )
 def test_one_that_is_not_whole_is_skipped_with_a_word(tmp_path, capsys, harm, says):
@@ -200,3 +200,64 @@ def test_a_moved_checkpoint_is_read(tmp_path):
     shutil.move(tmp_path / "a/step-00000001", tmp_path / "moved")
     found = {"model": nn.Linear(3, 3).state_dict()}
     made.load(made.open(tmp_path / "moved"), found)
+
+
+def test_new_checkpoints_stay_where_damaged_ones_have_higher_numbers(folder, capsys):
+    made = opened(folder, keep=2)
+    for step in (4, 6):
+        made.save(step, state(9.0), {"validation_loss": 0.1})
+    made.wait()
+    for step in (4, 6):
+        (folder[0] / f"step-{step:08d}/__0_0.distcp").write_bytes(b"short")
+    assert made.newest() is None
+    made.retire(0)
+    for step in (1, 2, 3):
+        made.save(step, state(float(step)), {})
+    made.wait()
+    assert names(folder) == ["retired-00000004", "retired-00000006", "step-00000002", "step-00000003"]
+    assert made.newest().step == 3
+    assert "retired-00000004, retired-00000006" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_count_for_nothing(folder):
+    made = opened(folder, keep=2)
+    for step, score in ((1, 3.0), (2, 2.0), (3, 1.0)):
+        made.save(step, state(), {"validation_loss": score})
+    made.wait()
+    (folder[0] / "step-00000003/__0_0.distcp").write_bytes(b"short")
+    made.save(4, state(), {"validation_loss": 5.0})
+    made.wait()
+    assert names(folder) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert made.best().step == 2
+
+
+def test_a_rewind_retires_what_came_after(folder):
+    made = opened(folder, keep=9)
+    for step in (2, 4, 5, 6):
+        made.save(step, state(float(step)), {"validation_loss": 1.0 / step})
+    made.wait()
+    for _ in range(2):
+        made.retire(2)
+        made.save(5, state(50.0), {"validation_loss": 9.0})
+        made.wait()
+        found = state()
+        made.load(made.newest(), found)
+        assert found["model"]["w"][0] == 50 and made.best().step == 2
+    assert names(folder) == [
+        "retired-00000004", "retired-00000005", "retired-00000005-1", "retired-00000006",
+        "step-00000002", "step-00000005",
+    ]  # fmt: skip
+    content = made.open(folder[0] / "retired-00000006")
+    assert content.step == 6  # complete, and still there to resume from
+
+
+def test_a_replacement_that_was_interrupted_is_put_back(folder):
+    made = opened(folder)
+    made.save(1, state(1.0), {})
+    made.wait()
+    (folder[0] / "step-00000001").rename(folder[0] / ".step-00000001.replaced")
+    made = opened(folder)
+    assert made.newest().step == 1
+    shutil.copytree(folder[0] / "step-00000001", folder[0] / ".step-00000001.replaced")
+    opened(folder)
+    assert names(folder) == ["step-00000001"]

@@ -22,8 +22,8 @@ def metrics(step, loss=2.0, **rest):
             "tflops": 1.5, "tflops_published": 1.4, "memory_gb": 2.0, "samples": f"data {step}"} | rest  # fmt: skip
 
 
-def opened(folder, steps=100, step=0, speaks=True, **options):
-    return Monitor(folder, LogOptions(**options), steps, step=step, speaks=speaks)
+def opened(folder, steps=100, step=0, writes=True, **options):
+    return Monitor(folder, LogOptions(**options), steps, step=step, writes=writes)
 
 
 def test_lines_are_json_and_no_number_stays_readable(tmp_path):
@@ -53,7 +53,7 @@ def test_a_stall_is_named_while_it_lasts(tmp_path, capsys):
     with monitor.watch(3, "data 5, 6"):
         while not said:
             said = capsys.readouterr().err
-    assert "step 3 has taken 0.05 s and goes on; its samples: data 5, 6" in said
+    assert "step 3 has taken 0.05 s so far; its samples: data 5, 6" in said
     monitor.close()
 
 
@@ -87,7 +87,7 @@ def test_the_live_view_shows_both_formulas():
 
 
 def test_other_ranks_say_and_write_nothing(tmp_path, capsys):
-    monitor = opened(tmp_path / "x", speaks=False)
+    monitor = opened(tmp_path / "x", writes=False)
     monitor.step(metrics(1))
     monitor.note("hello")
     monitor.close()
@@ -154,3 +154,25 @@ def test_the_published_formula_gives_the_published_figures(preset, speed, tflops
 def test_peaks_by_name():
     assert peak_tflops("NVIDIA H200") == 989 and peak_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert peak_tflops("NVIDIA H100 PCIe") == 756 and peak_tflops("") is None
+
+
+def test_a_line_has_the_mean_loss_since_the_one_before(tmp_path):
+    monitor = opened(tmp_path, every=4)
+    for step in range(1, 9):
+        monitor.step(metrics(step, float(step), **({"skipped": 1} if step in (1, 2, 5) else {})))
+    monitor.close()
+    assert [(line["step"], line["loss"], line.get("skipped")) for line in read_metrics(tmp_path)] == [
+        (4, 2.5, 2), (8, 6.5, 1)
+    ]  # fmt: skip
+
+
+def test_a_step_that_is_validated_or_saved_has_a_line_whatever_the_interval(tmp_path):
+    monitor = opened(tmp_path, every=4)
+    monitor.step(metrics(1, 1.0))
+    monitor.step(metrics(2, 2.0, validation_loss=0.5))
+    monitor.step(metrics(3, 3.0), line=True)
+    monitor.step(metrics(4, 5.0))
+    monitor.close()
+    found = read_metrics(tmp_path)
+    assert [(line["step"], line["loss"]) for line in found] == [(2, 1.5), (3, 3.0), (4, 5.0)]
+    assert found[0]["validation_loss"] == 0.5

@@ -232,11 +232,11 @@ def test_a_loss_that_is_no_number_stops_and_names_the_sample(stores):
         made.step(Notes())
 
 
-def test_or_the_step_is_left_out(stores):
+def test_or_the_step_is_skipped(stores):
     made, notes = trainer(stores[2], packing="none", on_nan="skip"), Notes()
     before = copy.deepcopy([p.detach() for p in made.parts[0].parameters()])
     sample = poison(made)
-    assert made.step(notes)["skipped"] == 1 and f"talk {sample}; left out" in notes.said[0]
+    assert made.step(notes)["skipped"] == 1 and f"talk {sample}; skipped" in notes.said[0]
     assert all(torch.equal(a, b) for a, b in zip(before, made.parts[0].parameters(), strict=True))
     assert "skipped" not in made.step(notes)
 
@@ -324,7 +324,7 @@ def test_going_on_is_bit_equal(whole_run, stores, tmp_path, capsys):
     capsys.readouterr()
     assert start(stores, out) == 0
     said = capsys.readouterr().err
-    assert "skipping a checkpoint" in said and f"going on from {out}/checkpoints/step-00000005: step 5 of 12" in said
+    assert "skipping a checkpoint" in said and f"resuming from {out}/checkpoints/step-00000005: step 5 of 12" in said
     assert losses(out) == losses(whole_run)
     mine, other = ((path / "model/model.safetensors").read_bytes() for path in (out, whole_run))
     assert mine == other
@@ -472,7 +472,7 @@ def test_refusals(stores, tmp_path, changes, says):
         ({"data.seq_len": 16}, "the data are not those that the checkpoint was trained on"),
         ({"optim.name": "adafactor"}, "its optimizer is adamw, not adafactor"),
         ({"resume": "never"}, "holds checkpoints of an earlier run"),
-        ({"resume": "no/such"}, "no/such is no checkpoint of a puna run"),
+        ({"resume": "no/such"}, "no/such is not a checkpoint of puna train"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(whole_run, stores, changes, says):

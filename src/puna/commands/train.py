@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from puna import __version__
@@ -30,8 +34,9 @@ from puna.train.monitor import Monitor, read_metrics
 from puna.train.optim import check_optim, make_optimizer
 from puna.train.options import TrainOptions
 from puna.train.report import environment, write_report
+from puna.train.run_folder import CONFIG, MARK, check_folder, lock
 from puna.train.save_model import Origin, export
-from puna.train.schedule import check_schedule
+from puna.train.schedule import check_schedule, check_warmup
 from puna.train.trainer import Trainer
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -54,7 +59,7 @@ def run(options: TrainOptions) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     strategy = ParallelStrategy.start(MeshOptions(**asdict(options.mesh)), device)
     try:
-        with strategy.watch_ranks():
+        with strategy.watch_ranks(), claim(options.out, strategy):
             return _train(options, strategy)
     finally:
         strategy.close()
@@ -62,11 +67,18 @@ def run(options: TrainOptions) -> int:
 
 def check(options: TrainOptions) -> None:
     """Raises UserError for values that cannot be meant."""
-    positive = {"batch_size": options.batch_size, "micro_batch_size": options.micro_batch_size,
-                "data.seq_len": options.data.seq_len, "loss_chunk": options.loss_chunk}  # fmt: skip
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}.")
+    least = {"batch_size": 1, "micro_batch_size": 1, "data.seq_len": 1, "loss_chunk": 1, "max_skipped": 1,
+             "eval_every": 0, "eval_rows": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "log.every": 1}  # fmt: skip
+    for name, minimum in least.items():
+        value = attrgetter(name)(options)
+        if value < minimum:
+            raise UserError(f"{name} must be at least {minimum}, not {value}.")
+    above = {"log.spike": options.log.spike, "log.stall": options.log.stall}
+    if options.log.peak_tflops is not None:
+        above["log.peak_tflops"] = options.log.peak_tflops
+    for name, value in above.items():
+        if value <= 0:
+            raise UserError(f"{name} must be above 0, not {value:g}.")
     if options.steps is not None and options.steps < 1 or options.epochs <= 0:
         raise UserError("steps must be at least 1, epochs above 0.")
     if options.data.weights and len(options.data.weights) != len(options.data.train):
@@ -90,26 +102,33 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
     steps = options.steps or max(1, math.ceil(options.epochs * loader.epoch_rows / options.batch_size))
     held_out = options.data.validation
     validation = _loader(options, strategy, held_out, (), origin.tokenizer) if held_out else None
+    check_warmup(options.schedule, steps)
     lora = _lora(options)
+    base = base_fingerprint(strategy, source) if lora is not None and source is not None else None
     parts = _parts(options, strategy, origin.config, source, lora)
     if source is not None:
         source.close()
     optimizer = make_optimizer(strategy.parameters(parts), options.optim)
-    trainer = Trainer(options, origin.config, strategy, parts, optimizer, loader, steps=steps, validation=validation)
+    trainer = Trainer(
+        options, origin.config, strategy, parts, optimizer, loader, steps=steps, validation=validation, base=base
+    )
     checkpoints = CheckpointManager(
         options.out / "checkpoints", keep=options.checkpoint.keep, asynchronous=options.checkpoint.asynchronous
     )
     _resume(options, trainer, checkpoints)
-    monitor = Monitor(options.out, options.log, steps, step=trainer.step_number, speaks=strategy.is_first)
-    config = to_yaml(options)
+    config = MARK + to_yaml(options)
     trained = strategy.trained(parts)
     if strategy.is_first:
-        write_text(options.out / "config.yaml", config)
+        write_text(options.out / CONFIG, config)
+    monitor = Monitor(options.out, options.log, steps, step=trainer.step_number, writes=strategy.is_first)
+    if strategy.is_first:
         shown = sum(math.prod(shape) for shape in origin.config.tensors().values())
         monitor.note(
             f"{origin.name}: {shown:,} parameters, {trained:,} trained; {steps:,} steps of"
             f" {options.batch_size * seq_len:,} tokens; an epoch is {loader.epoch_rows:,} rows of {seq_len:,}"
         )
+        for note in left_out(loader, options.data.long):
+            monitor.note(note)
     try:
         trainer.fit(monitor, checkpoints)
     finally:
@@ -124,10 +143,61 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
                 file=sys.stderr,
             )
         return 128 + trainer.stopped.signal
+    if trainer.skipped and strategy.is_first:
+        print(
+            f"{trainer.skipped:,} of {steps:,} steps were skipped: their loss or gradient was not finite",
+            file=sys.stderr,
+        )
+    if trainer.skipped == steps:
+        raise UserError("Every step was skipped, so nothing was trained and no model was written.")
     dtype = getattr(torch, options.checkpoint.export_dtype)
     said = {"puna": __version__, "base": origin.name, "step": trainer.step_number, "tokens": trainer.tokens}
     print(export(strategy, parts, origin, options.out, dtype, said, lora))
     return 0
+
+
+@contextmanager
+def claim(folder: Path, strategy: ParallelStrategy) -> Iterator[None]:
+    """Check and lock the run's folder; the first rank does, and all raise what it finds."""
+    with ExitStack() as stack:
+        problem: list[str | None] = [None]
+        if strategy.is_first:
+            try:
+                check_folder(folder)
+                stack.enter_context(lock(folder))
+            except UserError as error:
+                problem = [str(error)]
+        if strategy.mesh is not None:
+            dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+        yield
+
+
+def base_fingerprint(strategy: ParallelStrategy, source: Checkpoint) -> str:
+    """sha256 over the first row of every tensor of a checkpoint, the same on all ranks and for every float type."""
+    digest = hashlib.sha256()
+    if strategy.is_first:
+        for name in sorted(source.tensors):
+            digest.update(f"{name} {list(source.tensors[name].shape)}".encode())
+            digest.update(source.read(name, (slice(0, 1),)).to(torch.float32).contiguous().numpy().tobytes())
+    found = [digest.hexdigest()]
+    if strategy.mesh is not None:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def left_out(loader: PackedLoader, long: str) -> list[str]:
+    """The samples that don't fit a row, in sentences."""
+    notes = []
+    for dataset in loader.datasets:
+        if count := loader.too_long.get(dataset.prefix):
+            text = f"{dataset.prefix}: {count:,} of {len(dataset.lengths):,} samples are longer than"
+            text += f" {loader.seq_len:,} tokens and were {'cut' if long == 'cut' else 'dropped'}"
+            if empty := loader.cut_empty.get(dataset.prefix):
+                text += f"; {empty:,} of them had no trained token left and were dropped"
+            notes.append(text)
+    return notes
 
 
 def _origin(options: TrainOptions) -> tuple[Origin, Checkpoint | None]:
@@ -235,10 +305,20 @@ def _resume(options: TrainOptions, trainer: Trainer, checkpoints: CheckpointMana
         if any(checkpoints.folder.glob("step-*")):
             raise UserError(f"{options.out} holds checkpoints of an earlier run: choose another --out, or resume it.")
         return
-    saved = checkpoints.newest() if options.resume == "auto" else checkpoints.open(Path(options.resume))
-    if saved is None:
-        return
-    trainer.resume(checkpoints, saved)
-    if trainer.strategy.is_first:
+    path = None if options.resume == "auto" else Path(options.resume).expanduser()
+    if (
+        path is not None
+        and path.resolve().parent != checkpoints.folder.resolve()
+        and any(checkpoints.folder.glob("step-*"))
+    ):
+        raise UserError(
+            f"{options.out} holds checkpoints of its own beside those of {path.parent}: give --resume auto to go on"
+            " with them, or choose another --out."
+        )
+    changed = [] if saved is None else trainer.resume(checkpoints, saved)
+    checkpoints.retire(trainer.step_number)
+    if saved is not None and trainer.strategy.is_first:
         score = "" if saved.score is None else f", validation loss {saved.score:.4f}"
-        print(f"going on from {saved.path}: step {saved.step} of {trainer.steps}{score}", file=sys.stderr)
+        print(f"resuming from {saved.path}: step {saved.step} of {trainer.steps}{score}", file=sys.stderr)
+        if changed:
+            print(f"changed since that checkpoint: {'; '.join(changed)}", file=sys.stderr)

@@ -48,8 +48,8 @@ class PackedLoader:
     packing: "best_fit" fills rows with whole documents that don't see one another; "concat" strings all documents
       together as Megatron-LM does, so that they do; "none" gives each document a row, padded.
     long: what becomes of instruction samples longer than a row: "error" (UserError with their number), "cut" to its
-      length, or "drop". Text is split into pieces, and each piece but the last also predicts the token that follows it;
-      "concat" splits everything.
+      length (dropped when no trained token is left), or "drop". Text is split into pieces, and each piece but the last
+      also predicts the token that follows it; "concat" splits everything.
     rank, size: this data-parallel rank and how many there are.
 
     Raises UserError for unusable weights, samples that don't fit, and a dataset in which no label is trained.
@@ -68,7 +68,8 @@ class PackedLoader:
     ) -> None:
         self.datasets = [dataset for dataset, _ in datasets]
         self.seq_len, self.seed, self.packing, self.rank, self.size = seq_len, seed, packing, rank, size
-        self.too_long: dict[str, int] = {}  # prefix -> samples that were cut or dropped
+        self.too_long: dict[str, int] = {}  # prefix -> samples longer than a row, cut or dropped
+        self.cut_empty: dict[str, int] = {}  # prefix -> those of them that have no trained token left, dropped too
         self.cursor = 0
         self._plans = [self._plan(number, dataset, long) for number, dataset in enumerate(self.datasets)]
         self._shares = _shares([len(plan) for plan in self._plans], [weight for _, weight in datasets])
@@ -135,6 +136,17 @@ class PackedLoader:
             if count:
                 self.too_long[dataset.prefix] = count
                 lengths = np.where(over, 0 if long == "drop" else self.seq_len, lengths)
+                empty = [] if long == "drop" else [i for i in np.flatnonzero(over) if not _trains(dataset, i, lengths)]
+                lengths[empty] = 0
+                if empty:
+                    self.cut_empty[dataset.prefix] = len(empty)
+                remaining = np.flatnonzero(lengths)
+                if (empty or len(remaining)) and not any(_trains(dataset, i, lengths) for i in remaining):
+                    raise UserError(
+                        f"{dataset.prefix} has nothing left to train on: {count:,} of {len(lengths):,} samples are"
+                        f" longer than a row of {self.seq_len:,} tokens, and all trained tokens are in what is left"
+                        " out; raise the sequence length."
+                    )
         plan = PACKINGS[self.packing](lengths, self.seq_len, _seed(self.seed, number))
         if not len(plan):
             raise UserError(f"{dataset.prefix} has no sample that fits into {self.seq_len:,} tokens")
@@ -177,6 +189,12 @@ def collate(rows: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
 def _any_trained(dataset: Dataset) -> bool:
     labels = dataset.labels.tokens if dataset.labels is not None else dataset.ids.tokens
     return any((labels[first : first + (1 << 20)] != IGNORED).any() for first in range(0, len(labels), 1 << 20))
+
+
+def _trains(dataset: Dataset, sample: int, lengths: np.ndarray) -> bool:
+    """Whether any of the first `lengths[sample]` tokens of an instruction sample predicts a trained one."""
+    _, targets = dataset.sample(int(sample))
+    return bool((targets[1 : lengths[sample] + 1] != IGNORED).any())
 
 
 def _seed(*parts: int) -> int:

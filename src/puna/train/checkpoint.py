@@ -1,8 +1,11 @@
-"""Checkpoints of a run: whole or absent, checked before they are used, and readable by any other layout.
+"""Training checkpoints: complete or absent, verified before use, and loadable by any other parallel layout.
 
 `step-00000100/` holds what torch.distributed.checkpoint wrote (trained weights and optimizer state by name, each rank
-its part) and `manifest.json` with the checksum of every file and the rest of a run's state. It is written under a
-hidden name while training goes on, and renamed when all of it is on the disk; a killed process leaves the hidden name.
+its shards) and `manifest.json` with the checksum of every file and the rest of the run's state. It is written under a
+hidden name in the background and renamed once it is on the disk; a killed process leaves the hidden name.
+
+A folder holds one timeline. Resuming from step S retires the checkpoints of later steps (`retired-00000105/`): what the
+run writes from then on is the newest, and rotation deletes only complete checkpoints of this timeline.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ ERRORS = (Exception, CheckpointException)  # torch made the latter a BaseExcepti
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A whole checkpoint. `facts` is what `CheckpointManager.save` was given beside the tensors."""
+    """A complete checkpoint. `facts` is what `CheckpointManager.save` was given beside the tensors."""
 
     path: Path
     step: int
@@ -57,7 +60,11 @@ class _Pending:
 
 
 class CheckpointManager:
-    """The checkpoints in `folder`, which all ranks reach. Every method is a collective: all ranks call it."""
+    """Saves, finds, loads and rotates the checkpoints in `folder`, which all ranks reach.
+
+    The newest `keep` stay, and the one with the lowest validation loss. Every method is a collective. One process
+    group at a time may use a folder (`run_folder.lock`): opening it removes what an interrupted save left.
+    """
 
     def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
         if keep < 1:
@@ -71,15 +78,14 @@ class CheckpointManager:
         self.pending: _Pending | None = None
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".step-*"):  # of a process that was killed while it saved or removed
-                shutil.rmtree(left, ignore_errors=True)
+            self._clean()
         self._barrier()
 
     def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Begin to save `state` (of `parallel.state.get_state`) and `facts` (JSON) as the checkpoint of `step`.
+        """Begin to save `state` (of `parallel.state_dict.get_state`) and `facts` (JSON) as the checkpoint of `step`.
 
-        Returns when the tensors are copied, or, not asynchronous, when the checkpoint is there. Raises UserError when
-        the disk is full; checkpoints that were whole stay.
+        Returns once the tensors are copied, or, when not asynchronous, once the checkpoint is complete. Raises
+        UserError when the disk is full; earlier checkpoints stay.
         """
         self.wait()
         hidden = self._hidden(step)
@@ -88,13 +94,13 @@ class CheckpointManager:
             hidden.mkdir(parents=True)
         self._barrier()
         writer = FileSystemWriter(hidden, sync_files=True)
-        where: dict[str, Any] = {"storage_writer": writer, "process_group": self.group, "no_dist": self.group is None}
+        storage: dict[str, Any] = {"storage_writer": writer, "process_group": self.group, "no_dist": self.group is None}
         written: Any = None
         if self.asynchronous:
-            written = dcp.async_save(state, **where)
+            written = dcp.async_save(state, **storage)
         else:
             try:
-                dcp.save(state, **where)
+                dcp.save(state, **storage)
             except ERRORS as error:
                 self._failed(step, error)
         self.pending = _Pending(step, facts, self.thread.submit(self._hash, hidden, written))
@@ -102,11 +108,11 @@ class CheckpointManager:
             self.wait()
 
     def poll(self) -> bool:
-        """Whether a save is under way and this rank has done its part: time to `wait`, once all have."""
+        """Whether a save is pending whose files this rank has written: time to `wait`, once all ranks have."""
         return self.pending is not None and self.pending.work.done()
 
     def wait(self) -> None:
-        """Finish the save under way, if any: its checkpoint is there afterwards."""
+        """Finish the pending save, if any: its checkpoint is complete afterwards."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -116,8 +122,8 @@ class CheckpointManager:
             files = pending.work.result()
         except ERRORS as error:
             failed = _reason(error)
-        for part, problem in self._gather((files, failed)):
-            files |= part
+        for written, problem in self._gather((files, failed)):
+            files |= written
             failed = failed or problem
         if failed is None and self.rank == 0:
             try:
@@ -129,7 +135,7 @@ class CheckpointManager:
             self._failed(pending.step, failed)
 
     def newest(self) -> SavedCheckpoint | None:
-        """The newest checkpoint that is whole, None without one. Says on stderr which ones are not, and why."""
+        """The newest complete checkpoint, None without one. Names the damaged ones on stderr, with the reason."""
         steps = sorted(self._steps(), reverse=True) if self.rank == 0 else []
         for step in self._gather(steps)[0]:
             path = self.folder / _name(step)
@@ -140,8 +146,31 @@ class CheckpointManager:
                     print(f"skipping a checkpoint: {error}", file=sys.stderr)
         return None
 
+    def retire(self, step: int) -> None:
+        """Rename the checkpoints of later steps than `step`, so that neither resuming nor rotation counts them.
+
+        What the run does from `step` on replaces them; damaged ones are among them. The files are not touched.
+        """
+        if self.rank == 0:
+            names = []
+            for number in sorted(found for found in self._steps() if found > step):
+                target = self.folder / f"retired-{number:08d}"
+                copy = 1
+                while target.exists():
+                    target, copy = self.folder / f"retired-{number:08d}-{copy}", copy + 1
+                (self.folder / _name(number)).rename(target)
+                names.append(target.name)
+            if names:
+                sync(self.folder)
+                print(
+                    f"steps after {step} are trained again: their checkpoints are now"
+                    f" {', '.join(names)} in {self.folder}",
+                    file=sys.stderr,
+                )
+        self._barrier()
+
     def open(self, path: Path) -> SavedCheckpoint:
-        """The checkpoint at `path`, every file checked against its sum. Raises UserError when it isn't whole."""
+        """The checkpoint at `path`, its files verified by checksum. Raises UserError when it is incomplete."""
         problem: str | None = None
         saved: SavedCheckpoint | None = None
         try:
@@ -154,23 +183,23 @@ class CheckpointManager:
                 problem = problem or _differs(path / name, saved.files[name])
         problem = next((found for found in self._gather(problem) if found), None)
         if problem or saved is None:
-            raise UserError(problem or f"{path} is no checkpoint")
+            raise UserError(problem or f"{path} is not a checkpoint.")
         return saved
 
     def load(self, saved: SavedCheckpoint, state: dict[str, Any]) -> None:
-        """Fill `state`, of this layout, in place."""
+        """Fill `state`, of this parallel layout, in place."""
         load_state(saved.path, state, self.group)
 
     def best(self) -> SavedCheckpoint | None:
-        """The one with the lowest validation loss."""
-        scored = [saved for saved in self._whole() if saved.score is not None]
+        """The checkpoint with the lowest validation loss."""
+        scored = [saved for saved in self._complete() if saved.score is not None]
         return min(scored, key=lambda saved: saved.score or 0.0, default=None)
 
     def close(self) -> None:
         self.thread.shutdown()
 
     def _hash(self, hidden: Path, written: Any) -> dict[str, dict[str, Any]]:
-        """In the background: this rank's files with their sums, once they are on the disk."""
+        """In the background: this rank's files with their checksums, once they are on the disk."""
         if written is not None:
             written.result()
         mine = [*hidden.glob(f"__{self.rank}_*"), *([hidden / ".metadata"] if self.rank == 0 else [])]
@@ -180,29 +209,43 @@ class CheckpointManager:
         hidden, path = self._hidden(pending.step), self.folder / _name(pending.step)
         content = {"format": FORMAT, "step": pending.step, "files": files, "facts": pending.facts}
         write_text(hidden / MANIFEST, json.dumps(content, indent=1))
+        replaced = path.with_name(f".{path.name}.replaced")
         if path.exists():
-            self._remove(path)
+            path.rename(replaced)
         hidden.rename(path)
         sync(self.folder)
-        newest = sorted(self._whole(), key=lambda saved: -saved.step)
+        shutil.rmtree(replaced, ignore_errors=True)
+        newest = sorted(self._complete(), key=lambda saved: -saved.step)
         best = self.best()
         for saved in newest[self.keep :]:
             if best is None or saved.path != best.path:
                 self._remove(saved.path)
 
     def _remove(self, path: Path) -> None:
-        """By a hidden name first: what is seen is whole."""
+        """Under a hidden name first, so that no incomplete checkpoint is visible."""
         gone = path.with_name(f".{path.name}.gone")
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _whole(self) -> list[SavedCheckpoint]:
-        """Those with a manifest that can be read."""
+    def _clean(self) -> None:
+        """Undo what a killed process had begun: a replacement is put back, everything else hidden is removed."""
+        for left in self.folder.glob(".step-*"):
+            name, _, state = left.name[1:].rpartition(".")
+            if state == "replaced" and not (self.folder / name).exists():
+                left.rename(self.folder / name)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _complete(self) -> list[SavedCheckpoint]:
+        """The checkpoints whose manifest can be read and whose files have the sizes that it gives."""
         found = []
         for step in self._steps():
+            path = self.folder / _name(step)
             try:
-                found.append(read_manifest(self.folder / _name(step)))
-            except UserError:
+                saved = read_manifest(path)
+                if all((path / name).stat().st_size == file["size"] for name, file in saved.files.items()):
+                    found.append(saved)
+            except (UserError, OSError, KeyError, TypeError):
                 continue
         return found
 
@@ -218,8 +261,8 @@ class CheckpointManager:
             shutil.rmtree(self._hidden(step), ignore_errors=True)
         reason = why if isinstance(why, str) else _reason(why)
         raise UserError(
-            f"the checkpoint of step {step} could not be saved: {reason}; earlier checkpoints in {self.folder} are"
-            " whole, so put that right and start again."
+            f"The checkpoint of step {step} could not be saved: {reason}; earlier checkpoints in {self.folder} are"
+            " complete, so put that right and start again."
         )
 
     def _gather(self, value: Any) -> list[Any]:
@@ -235,7 +278,7 @@ class CheckpointManager:
 
 
 def read_manifest(path: Path) -> SavedCheckpoint:
-    """What a checkpoint says of itself. Raises UserError when it is none, or one that was cut short."""
+    """The manifest of the checkpoint at `path`. Raises UserError when there is none, or a damaged one."""
     file = path / MANIFEST
     try:
         if file.stat().st_size > MAX_MANIFEST:
@@ -245,24 +288,26 @@ def read_manifest(path: Path) -> SavedCheckpoint:
         if content["format"] != FORMAT or any(Path(name).name != name for name in saved.files):
             raise ValueError
     except FileNotFoundError:
-        raise UserError(f"{path} is no checkpoint of a puna run: it has no {MANIFEST}") from None
+        raise UserError(f"{path} is not a checkpoint of puna train: it has no {MANIFEST}.") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no checkpoint that this version of puna reads: its {MANIFEST} is damaged") from None
+        raise UserError(
+            f"{path} is damaged, or a checkpoint of another version of puna: its {MANIFEST} can't be read."
+        ) from None
     return saved
 
 
 def _differs(path: Path, wanted: dict[str, Any]) -> str | None:
     if not path.exists():
-        return f"{path.parent} is not whole: {path.name} is missing"
+        return f"{path.parent} is incomplete: {path.name} is missing."
     if path.stat().st_size != wanted["size"]:
-        return f"{path.parent} is cut short: {path.name} has {path.stat().st_size:,} of {wanted['size']:,} bytes"
+        return f"{path.parent} is incomplete: {path.name} has {path.stat().st_size:,} of {wanted['size']:,} bytes."
     if sha256(path) != wanted["sha256"]:
-        return f"{path.parent} is damaged: {path.name} is not what was saved"
+        return f"{path.parent} is damaged: {path.name} is not what was saved."
     return None
 
 
 def _reason(error: BaseException) -> str:
-    """Why a save failed, dug out of what DCP wraps it in."""
+    """Why a save failed, without what torch.distributed.checkpoint wraps it in."""
     failures = getattr(error, "failures", None)
     if failures:
         return _reason(next(iter(failures.values()))[0])

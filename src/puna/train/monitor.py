@@ -1,7 +1,7 @@
-"""What a user sees of a run while it goes: a live line, metrics.jsonl, TensorBoard, Weights & Biases; and what is odd.
+"""The metrics of a run: a live view, metrics.jsonl, TensorBoard, Weights & Biases; spikes and stalls by their samples.
 
-Numbers are written by the first rank alone. A spike, a value that is no number and a stall are named with their step
-and samples.
+The first rank alone writes. metrics.jsonl has a line every `log.every` steps, and for each step that is validated or
+saved; its loss is the mean over the steps since the line before.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from typing import Any
 from puna.errors import UserError
 from puna.files import write_text
 from puna.train.options import LogOptions
+from puna.train.run_folder import METRICS
 
 RECENT = 50  # steps that a spike is compared with
 LINE_SECONDS = 10.0  # between lines where stderr is no terminal
-METRICS = "metrics.jsonl"
+MEANS = ("loss", "z_loss")  # what a line of metrics.jsonl averages over its steps
 Metrics = dict[str, Any]
 
 
 class Monitor:
-    """Takes the metrics of each step. `speaks`: whether this rank writes and shows anything."""
+    """Takes the metrics of each step. `writes`: whether this rank writes and shows them."""
 
-    def __init__(self, folder: Path, options: LogOptions, steps: int, *, step: int, speaks: bool) -> None:
-        self.options, self.steps, self.speaks, self.first = options, steps, speaks, step
+    def __init__(self, folder: Path, options: LogOptions, steps: int, *, step: int, writes: bool) -> None:
+        self.options, self.steps, self.writes, self.first = options, steps, writes, step
         self.recent: deque[float] = deque(maxlen=RECENT)
-        self.start = self.said = time.perf_counter()
+        self.pending: list[Metrics] = []  # of the steps since the last line of metrics.jsonl
+        self.start = self.printed = time.perf_counter()
         self.live: Any = None
         self.board: Any = None
         self.wandb: Any = None
-        if not speaks:
+        if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         keep_until(folder / METRICS, step)
@@ -50,21 +52,26 @@ class Monitor:
         if sys.stderr.isatty():
             self.live = _live()
 
-    def step(self, metrics: Metrics) -> None:
-        """The metrics of a step; also says so when its loss is a spike."""
+    def step(self, metrics: Metrics, *, line: bool = False) -> None:
+        """Take the metrics of a step; a loss that is a spike is named. `line`: write one whatever `log.every` says."""
         loss, step = metrics["loss"], metrics["step"]
         mean = statistics.fmean(self.recent) if len(self.recent) >= 5 else math.inf
         if loss > mean + self.options.spike:
             self.note(f"step {step}: loss {loss:.4g} is a spike over {mean:.4g}; its samples: {metrics['samples']}")
         if math.isfinite(loss):
             self.recent.append(loss)
-        if step % self.options.every == 0 or step == self.steps:
-            self.write({name: value for name, value in metrics.items() if name != "samples"})
+        self.pending.append(metrics)
+        if line or step % self.options.every == 0 or step == self.steps or "validation_loss" in metrics:
+            means = {name: statistics.fmean(one[name] for one in self.pending) for name in MEANS if name in metrics}
+            skipped = sum(one.get("skipped", 0) for one in self.pending)
+            self.write({k: v for k, v in metrics.items() if k not in ("samples", "skipped")} | means
+                       | ({"skipped": skipped} if skipped else {}))  # fmt: skip
+            self.pending.clear()
         self._show(metrics)
 
     def write(self, metrics: Metrics) -> None:
-        """One line of metrics.jsonl, and the same for TensorBoard and W&B."""
-        if not self.speaks:
+        """Write a line of metrics.jsonl, and the same to TensorBoard and W&B."""
+        if not self.writes:
             return
         finite = {name: value if _plain(value) else str(value) for name, value in metrics.items()}
         self.file.write(json.dumps(finite) + "\n")
@@ -80,17 +87,17 @@ class Monitor:
         """A sentence for the user, above the live line."""
         if self.live is not None:
             self.live.console.print(text)
-        elif self.speaks:
+        elif self.writes:
             print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def watch(self, step: int, samples: str) -> Iterator[None]:
-        """Say so when what is inside takes longer than `log.stall` seconds."""
-        if not self.speaks:
+        """Name the step when the body takes longer than `log.stall` seconds."""
+        if not self.writes:
             yield
             return
         seconds = self.options.stall
-        text = f"step {step} has taken {seconds:g} s and goes on; its samples: {samples}"
+        text = f"step {step} has taken {seconds:g} s so far; its samples: {samples}"
         timer = threading.Timer(seconds, self.note, (text,))
         timer.daemon = True
         timer.start()
@@ -102,7 +109,7 @@ class Monitor:
     def close(self) -> None:
         if self.live is not None:
             self.live.stop()
-        if self.speaks:
+        if self.writes:
             self.file.close()
         if self.board is not None:
             self.board.close()
@@ -113,8 +120,8 @@ class Monitor:
         now = time.perf_counter()
         if self.live is not None:
             self.live.update(_panel(metrics, self.steps, self._left(metrics["step"], now)), refresh=True)
-        elif self.speaks and (now - self.said >= LINE_SECONDS or metrics["step"] in (self.first + 1, self.steps)):
-            self.said = now
+        elif self.writes and (now - self.printed >= LINE_SECONDS or metrics["step"] in (self.first + 1, self.steps)):
+            self.printed = now
             print(_line(metrics, self.steps, self._left(metrics["step"], now)), file=sys.stderr, flush=True)
 
     def _left(self, step: int, now: float) -> str:
@@ -123,18 +130,18 @@ class Monitor:
 
 
 def read_metrics(folder: Path) -> list[Metrics]:
-    """The lines of a run's metrics.jsonl (`folder` may be that file too). Raises UserError where there are none."""
+    """The lines of a run's metrics.jsonl; `folder` may be that file too. Raises UserError where there is none."""
     path = folder / METRICS if folder.is_dir() else folder
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
-        raise UserError(f"{folder} is no run of puna train: it has no {METRICS}") from None
+        raise UserError(f"{folder} is not a run of puna train: it has no {METRICS}.") from None
     except ValueError:
-        raise UserError(f"{path} is damaged: one of its lines is no JSON") from None
+        raise UserError(f"{path} is damaged: one of its lines is not JSON.") from None
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop what a run wrote after the step that it is taken up at: those steps are made again."""
+    """Drop the lines of later steps than `step`, at which the run resumes: those steps are trained again."""
     if not path.exists():
         return
     kept = []
@@ -148,12 +155,12 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _line(metrics: Metrics, steps: int, left: str) -> str:
-    said = [f"step {metrics['step']}/{steps}", f"loss {metrics['loss']:.4f}", f"lr {metrics['lr']:.3g}"]
-    said += [f"norm {metrics['grad_norm']:.3g}", f"{metrics['tokens_per_second']:,.0f} tok/s per device"]
-    said += [f"{metrics['tflops']:.3g} TFLOP/s"]
+    words = [f"step {metrics['step']}/{steps}", f"loss {metrics['loss']:.4f}", f"lr {metrics['lr']:.3g}"]
+    words += [f"norm {metrics['grad_norm']:.3g}", f"{metrics['tokens_per_second']:,.0f} tok/s per device"]
+    words += [f"{metrics['tflops']:.3g} TFLOP/s"]
     if "mfu" in metrics:
-        said.append(f"MFU {metrics['mfu']:.1%}")
-    return ", ".join([*said, f"{metrics['memory_gb']:.2f} GB", f"{left} left"])
+        words.append(f"MFU {metrics['mfu']:.1%}")
+    return ", ".join([*words, f"{metrics['memory_gb']:.2f} GB", f"{left} left"])
 
 
 def _panel(metrics: Metrics, steps: int, left: str) -> Any:

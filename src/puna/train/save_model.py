@@ -1,4 +1,4 @@
-"""What a run leaves: a checkpoint in the native layout, or an adapter in peft's, with the tokenizer of its base."""
+"""The result of a run: a checkpoint in the Hugging Face layout, or an adapter in peft's, with the base's tokenizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puna.errors import UserError
 from puna.files import MANIFEST, staged, write_json
 from puna.model.config import ModelConfig
 from puna.model.lora import LoraOptions
@@ -23,7 +24,7 @@ from puna.weights.formats.hf import write_hf
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run starts from, beside the weights: goes unchanged into its result."""
+    """The base of a run apart from its weights: goes unchanged into the result."""
 
     name: str
     config: ModelConfig
@@ -38,13 +39,13 @@ def export(
     origin: Origin,
     folder: Path,
     dtype: torch.dtype,
-    said: dict[str, Any],
+    manifest: dict[str, Any],
     lora: LoraOptions | None,
 ) -> Path:
-    """Write `folder/model`, or with `lora` `folder/adapter`, replacing an earlier one; `said` goes into puna.json.
+    """Write `folder/model`, or with `lora` `folder/adapter`, replacing an earlier one; `manifest` goes into puna.json.
 
-    Collective: every rank gives its part, the first writes, one whole tensor in memory at a time. Raises UserError when
-    the disk is full; the run's checkpoints stay.
+    Collective: every rank gives its shards, the first writes, one whole tensor in memory at a time. Raises UserError
+    when the disk is full, or a weight is not finite in `dtype`; an earlier result and the run's checkpoints stay.
     """
     dst = folder / ("model" if lora is None else "adapter")
     tensors = strategy.full_state(parts, trained=lora is not None)
@@ -57,24 +58,24 @@ def export(
             if lora is None:
                 write_hf(_source(origin, tensors, dtype), path)
             else:
-                trained = {name: tensor.to(torch.float32) for name, tensor in tensors}
+                trained = {name: _finite(name, tensor, torch.float32) for name, tensor in tensors}
                 write_adapter(path, trained, origin.config, lora, base=origin.name, tokenizer=origin.tokenizer)
-            write_json(path / MANIFEST, said)
+            write_json(path / MANIFEST, manifest)
     finally:
-        for _ in tensors:  # the other ranks are in it until its end
+        for _ in tensors:  # the other ranks iterate over all of it
             pass
     return dst
 
 
 def _source(origin: Origin, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Checkpoint:
-    """The trained model as a checkpoint, read once and in order; what comes early waits until it is asked for."""
+    """The trained model as a checkpoint to be read once; tensors that come before they are asked for are kept."""
     early: dict[str, Tensor] = {}
 
     def read(name: str, index: Index | None) -> Tensor:
         while name not in early:
             found, tensor = next(tensors)
             early[found] = tensor
-        return early.pop(name)
+        return _finite(name, early.pop(name), dtype)
 
     shapes = origin.config.tensors()
     return Checkpoint(
@@ -89,3 +90,14 @@ def _source(origin: Origin, tensors: Iterator[tuple[str, Tensor]], dtype: torch.
         reader=read,
         load_tokenizer=lambda: origin.tokenizer,
     )
+
+
+def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`. Raises UserError when it holds NaN, or a value beyond that type."""
+    tensor = tensor.to(dtype)
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{name} holds values that are not finite in {str(dtype).removeprefix('torch.')}, so no model was written:"
+            " resume from an earlier checkpoint with a lower optim.lr, or choose another --checkpoint.export_dtype."
+        )
+    return tensor

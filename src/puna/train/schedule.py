@@ -27,6 +27,14 @@ def warmup(options: ScheduleOptions, steps: int) -> int:
     return math.ceil(steps * options.warmup_ratio) if options.warmup_steps is None else options.warmup_steps
 
 
+def check_warmup(options: ScheduleOptions, steps: int) -> None:
+    """Raises UserError for a warm-up that a run of `steps` would never complete."""
+    if warmup(options, steps) > steps:
+        raise UserError(
+            f"schedule.warmup_steps {options.warmup_steps} is longer than the run of {steps} steps: lower it."
+        )
+
+
 def learning_rate(options: ScheduleOptions, lr: float, step: int, steps: int) -> float:
     """The rate of step `step`, counted from 0, of a run of `steps`."""
     ramp = warmup(options, steps)

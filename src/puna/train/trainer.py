@@ -1,8 +1,8 @@
-"""The one training loop: data -> gradients of a sum -> divided by the tokens -> clipped -> optimizer -> next.
+"""The training loop: rows -> gradients of the summed loss -> divided by the trained tokens -> clipped -> optimizer.
 
-Pretraining, fine-tuning and LoRA are settings of it, and it never learns how the model is laid out over ranks. The loss
-of a step is the sum over all its trained tokens, wherever they were computed, divided by their number: accumulation,
-packing and layout don't change it.
+Pretraining, fine-tuning and LoRA are configurations of it, and it doesn't know how the model is sharded. The loss of a
+step is the sum over all its trained tokens on all ranks, divided by their number: gradient accumulation, packing and
+the parallel layout don't change it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ from puna.train.loss import VocabPart, chunked_loss
 from puna.train.monitor import Metrics, Monitor
 from puna.train.optim import for_disk, set_rate
 from puna.train.options import TrainOptions
+from puna.train.resume import all_options, changes, check_fixed, fixed_facts
 from puna.train.schedule import learning_rate
 
-SCALE, SCALE_STEPS = 65536.0, 2000  # of float16's losses at first, and good steps before it is doubled
+SCALE, SCALE_STEPS = 65536.0, 2000  # initial loss scale of float16, and good steps before it is doubled
 NAMED = 8  # samples of a step that a message names
+
+
+class NonFiniteStep(UserError):
+    """The loss or gradient of a step is not finite. All ranks raise it together."""
 
 
 @dataclass
@@ -46,7 +51,10 @@ class Stopped:
 
 
 class Trainer:
-    """A run: its parts, optimizer and data, and where it stands. Every method is a collective."""
+    """The state of a run: model parts, optimizer, place in the data. Every method is a collective.
+
+    `base`: fingerprint of the weights that are not trained, None where all are.
+    """
 
     def __init__(
         self,
@@ -59,45 +67,64 @@ class Trainer:
         *,
         steps: int,
         validation: PackedLoader | None = None,
+        base: str | None = None,
     ) -> None:
+        self.facts = fixed_facts(options, config, base)
         self.options, self.config, self.strategy, self.parts = options, config, strategy, parts
         self.optimizer, self.loader, self.validation, self.steps = optimizer, loader, validation, steps
         self.step_number = 0  # steps done
         self.tokens = 0  # trained tokens seen
         self.scale = SCALE if options.precision == "fp16-mixed" else 1.0
         self.good = 0  # steps since the scale changed
+        self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.stopped: Stopped | None = None
         trained = sum(p.numel() for p in strategy.parameters(parts).values() if p.requires_grad)
-        share = trained / max(1, sum(p.numel() for p in strategy.parameters(parts).values()))
+        fraction = trained / max(1, sum(p.numel() for p in strategy.parameters(parts).values()))
         seq_len = options.data.seq_len
-        self.flops = flops_per_token(config, seq_len, trained=share), published_flops_per_token(config, seq_len)
+        self.flops = flops_per_token(config, seq_len, trained=fraction), published_flops_per_token(config, seq_len)
         device = torch.cuda.get_device_name(strategy.device) if strategy.device.type == "cuda" else ""
         self.peak = options.log.peak_tflops or peak_tflops(device)
 
     def fit(self, monitor: Monitor, checkpoints: CheckpointManager) -> None:
-        """Train from where the run stands to its last step, or until a signal; the last checkpoint is there after."""
-        every = self.options.checkpoint.every
+        """Train to the last step, or until a signal; the last checkpoint is complete when it returns.
+
+        An error that ends the run leaves the checkpoint that was being written complete too.
+        """
         with self._signals():
-            while self.step_number < self.steps and self.stopped is None:
-                metrics = self.step(monitor)
-                number, last = self.step_number, self.step_number == self.steps
-                due = every > 0 and number % every == 0
-                evaluated = self.options.eval_every and number % self.options.eval_every == 0
-                if self.validation is not None and (last or due or evaluated):
-                    found = self.evaluate()
-                    metrics |= {"validation_loss": found, "perplexity": math.exp(min(found, 700.0))}
-                    monitor.note(
-                        f"step {number}: validation loss {found:.4f}, perplexity {math.exp(min(found, 700)):.2f}"
-                    )
-                monitor.step(metrics)
-                if self._agree(checkpoints):
+            try:
+                self._fit(monitor, checkpoints)
+            except (Exception, KeyboardInterrupt) as error:
+                # Publishing takes all ranks. An error of one rank alone (a lost neighbour, a bad file) finds no others.
+                if self.strategy.mesh is None or isinstance(error, NonFiniteStep):
                     checkpoints.wait()
-                if due or last or self.stopped is not None:
-                    self.save(checkpoints, metrics.get("validation_loss"))
-            checkpoints.wait()
+                raise
+
+    def _fit(self, monitor: Monitor, checkpoints: CheckpointManager) -> None:
+        every, eval_every = self.options.checkpoint.every, self.options.eval_every
+        while self.step_number < self.steps and self.stopped is None:
+            metrics = self.step(monitor)
+            number, last = self.step_number, self.step_number == self.steps
+            due = every > 0 and number % every == 0
+            if self.validation is not None and (last or due or (eval_every and number % eval_every == 0)):
+                loss = self.evaluate()
+                perplexity = math.exp(min(loss, 700.0))
+                metrics |= {"validation_loss": loss, "perplexity": perplexity}
+                monitor.note(f"step {number}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+            written = self._agree(checkpoints)
+            save = due or last or self.stopped is not None
+            monitor.step(metrics, line=save)  # so that a resumed run averages the loss over the same steps
+            if written:
+                checkpoints.wait()
+            if save:
+                self.save(checkpoints, metrics.get("validation_loss"))
+        checkpoints.wait()
 
     def step(self, monitor: Monitor) -> Metrics:
-        """One optimizer step. Raises UserError where the loss is no number and `on_nan` is stop."""
+        """One optimizer step.
+
+        A step without a finite loss and gradient changes no weights; it raises NonFiniteStep when `on_nan` is stop, or
+        when it is the `max_skipped`-th in a row. A step without a trained token changes none either.
+        """
         start, number = time.perf_counter(), self.step_number
         rows = self.loader.next_batch(self.options.batch_size // self.strategy.data_size)
         self._check(rows)
@@ -106,27 +133,32 @@ class Trainer:
         lr = learning_rate(self.options.schedule, self.options.optim.lr, number, self.steps)
         with monitor.watch(number + 1, self.names(rows)):
             total, count, z = self.strategy.step(self.parts, batches, self.loss, scale=self.scale).tolist()
-            tokens = max(1, round(count))
-            norm = self.strategy.grad_norm(self.parts) / (tokens * self.scale)
-        updated = math.isfinite(total) and math.isfinite(norm)
-        if updated:
+            tokens = round(count)
+            divisor = max(1, tokens)
+            norm = self.strategy.grad_norm(self.parts) / (divisor * self.scale)
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite and tokens:
             clip = self.options.optim.clip
             factor = min(1.0, clip / norm) if clip and norm else 1.0
-            self.strategy.scale_grads(self.parts, factor / (tokens * self.scale))
+            self.strategy.scale_grads(self.parts, factor / (divisor * self.scale))
             set_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
-        self._rescale(updated)
-        if not updated:
-            self._not_a_number(monitor, rows, total)
+        self._rescale(finite)
+        if finite:
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(monitor, rows, total)
+        if finite and not tokens:
+            monitor.note(f"step {self.step_number}: none of its tokens is trained, so it changes nothing")
         self.tokens += tokens
         seconds = time.perf_counter() - start
         each = len(rows) * self.strategy.data_size * self.options.data.seq_len / seconds / self.strategy.size
         weight = self.options.optim.z_loss
         metrics: Metrics = {
             "step": self.step_number,
-            "loss": (total - weight * z) / tokens,
+            "loss": (total - weight * z) / tokens if tokens else math.nan,
             "lr": lr,
             "grad_norm": norm,
             "tokens": self.tokens,
@@ -138,10 +170,10 @@ class Trainer:
             "samples": self.names(rows),
         }
         if weight:
-            metrics["z_loss"] = weight * z / tokens
+            metrics["z_loss"] = weight * z / divisor
         if self.scale != 1:
             metrics["scale"] = self.scale
-        if not updated:
+        if not finite:
             metrics["skipped"] = 1
         if self.peak:
             metrics["mfu"] = metrics["tflops"] / self.peak
@@ -171,53 +203,52 @@ class Trainer:
         )
         return torch.stack((loss, count.to(loss.dtype), z))
 
-    # Saving and going on
+    # Saving and resuming
 
     def save(self, checkpoints: CheckpointManager, validation_loss: float | None = None) -> None:
-        """Begin a checkpoint of where the run stands."""
+        """Begin to save the run's state as a checkpoint."""
         facts = {
             "validation_loss": validation_loss,
             "data": self.loader.state_dict(),
             "steps": self.steps,
             "tokens": self.tokens,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "scale": self.scale,
             "good": self.good,
             "seed": self.options.seed,
-            **self.facts(),
+            "options": all_options(self.options),
+            **self.facts,
         }
         checkpoints.save(self.step_number, for_disk(get_state(self.parts, self.optimizer)), facts)
 
-    def resume(self, checkpoints: CheckpointManager, saved: SavedCheckpoint) -> None:
-        """Go on from a checkpoint. Raises UserError when it is one of another model or other data."""
-        mine = self.facts()
-        for what, theirs in ((name, saved.facts.get(name)) for name in mine):
-            if theirs != mine[what]:
-                raise UserError(
-                    f"{saved.path} is a checkpoint of another run: its {what} {_difference(theirs, mine[what])};"
-                    " choose another --out, or --resume never."
-                )
+    def resume(self, checkpoints: CheckpointManager, saved: SavedCheckpoint) -> list[str]:
+        """Load a checkpoint; returns the options that have changed since, in words.
+
+        The optimizer's hyper-parameters are those of the options, not those of the checkpoint. Raises UserError for a
+        checkpoint of another model, adapter, precision or data, and for one of a later step than the run's last.
+        """
+        check_fixed(saved.path, saved.facts, self.facts)
+        if saved.step > self.steps:
+            raise UserError(
+                f"{saved.path} is at step {saved.step}, and the run ends after {self.steps}: raise --steps,"
+                " or choose another --out."
+            )
         self.loader.load_state_dict(saved.facts["data"])
         state = get_state(self.parts, self.optimizer)
-        checkpoints.load(saved, for_disk(state))
+        tensors = {name: value for name, value in state["optimizer"].items() if not name.startswith("param_groups.")}
+        checkpoints.load(saved, for_disk(state | {"optimizer": tensors}))
         set_state(self.parts, self.optimizer, state)
         self.step_number, self.tokens = saved.step, saved.facts["tokens"]
         self.scale, self.good = saved.facts["scale"], saved.facts["good"]
-
-    def facts(self) -> dict[str, Any]:
-        """What must be the same to go on: the model, what of it is trained, and by which optimizer."""
-        lora = self.options.lora
-        return {
-            "model": self.config.to_hf(),
-            "lora": {"rank": lora.rank, "targets": list(lora.targets), "modules_to_save": list(lora.modules_to_save)}
-            if lora.rank
-            else None,
-            "optimizer": self.options.optim.name,
-        }
+        self.skipped = saved.facts.get("skipped", 0)
+        self.skipped_in_a_row = saved.facts.get("skipped_in_a_row", 0)
+        return changes(saved.facts, self.options)
 
     # Parts of a step
 
     def _batches(self, rows: Sequence[PackedRow]) -> list[dict[str, Tensor]]:
-        """Microbatches as tensors; rows of one document each need no `documents`, plain causal attention does."""
+        """Microbatches as tensors, without `documents` where each row is one document: causal attention is enough."""
         size = self.options.micro_batch_size
         batches = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
         if all(len(row.samples) == 1 and row.documents[-1] == 0 for row in rows):
@@ -226,7 +257,7 @@ class Trainer:
         return batches
 
     def _check(self, rows: Sequence[PackedRow], loader: PackedLoader | None = None) -> None:
-        """An id beyond the vocabulary would be read from foreign memory on a GPU."""
+        """Refuse ids beyond the vocabulary, which a GPU would look up outside the embedding."""
         for row in rows:
             if row.ids.max() >= self.config.vocab_size:
                 raise UserError(
@@ -235,15 +266,15 @@ class Trainer:
                 )
 
     def _seed(self, step: int) -> None:
-        """Dropout by step and place, not by what came before: nothing of it has to be saved.
+        """Seed dropout by step and rank, so that no random state has to be saved.
 
-        Ranks of one tensor-parallel group hold the same activations, and so must draw the same.
+        Ranks of one tensor-parallel group hold the same activations, so they must draw the same.
         """
-        place = (self.strategy.data_rank * self.strategy.options.cp + self.strategy.cp) * self.strategy.options.pp
-        torch.manual_seed((self.options.seed * 1_000_003 + step) * 65_537 + place + self.strategy.pp)
+        position = (self.strategy.data_rank * self.strategy.options.cp + self.strategy.cp) * self.strategy.options.pp
+        torch.manual_seed((self.options.seed * 1_000_003 + step) * 65_537 + position + self.strategy.pp)
 
     def _rescale(self, updated: bool) -> None:
-        """Dynamic scaling of float16's loss, as torch.amp.GradScaler's."""
+        """Dynamic loss scaling for float16, by the rule of torch.amp.GradScaler."""
         if self.options.precision != "fp16-mixed":
             return
         self.good = self.good + 1 if updated else 0
@@ -252,22 +283,30 @@ class Trainer:
         elif self.good == SCALE_STEPS:
             self.scale, self.good = self.scale * 2, 0
 
-    def _not_a_number(self, monitor: Monitor, rows: Sequence[PackedRow], total: float) -> None:
+    def _skip(self, monitor: Monitor, rows: Sequence[PackedRow], total: float) -> None:
+        """Report a step that changes no weights since its loss or gradient is not finite, or raise NonFiniteStep."""
         number = self.step_number
         if math.isfinite(total) and self.options.precision == "fp16-mixed" and self.scale > 1:
-            monitor.note(f"step {number}: gradients beyond float16, left out; the loss is now scaled by {self.scale:g}")
+            monitor.note(f"step {number}: gradients beyond float16, skipped; the loss is now scaled by {self.scale:g}")
             return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
         what = "the gradient" if math.isfinite(total) else "the loss"
         text = f"step {number}: {what} is not a finite number; samples: {self._culprits(rows)}"
         if self.options.on_nan == "stop":
-            raise UserError(
-                f"{text}; look at them, lower optim.lr, or give --on-nan skip to leave such steps out."
-                " Earlier checkpoints are whole."
+            raise NonFiniteStep(
+                f"{text}; look at them, lower optim.lr, or give --on-nan skip to skip such steps."
+                " Earlier checkpoints are complete."
             )
-        monitor.note(f"{text}; left out")
+        if self.skipped_in_a_row >= self.options.max_skipped:
+            raise NonFiniteStep(
+                f"{text}; {self.skipped_in_a_row} steps in a row ({self.skipped} in all) were skipped, so the run"
+                " stops: lower optim.lr and resume from an earlier checkpoint, or look at the data."
+            )
+        monitor.note(f"{text}; skipped")
 
     def _culprits(self, rows: Sequence[PackedRow]) -> str:
-        """Names of the rows whose loss alone is no number; all of the step's where none is."""
+        """Names of the samples in microbatches whose own loss is not finite; all of the step's where there is none."""
         size = self.options.micro_batch_size
         bad: list[PackedRow] = []
         for start in range(0, len(rows), size):
@@ -282,17 +321,17 @@ class Trainer:
         return "; ".join(names)
 
     def names(self, rows: Sequence[PackedRow], loader: PackedLoader | None = None) -> str:
-        """The samples of rows as "store: numbers"."""
+        """The samples of rows as "PREFIX 1, 2, 3"."""
         datasets = (loader or self.loader).datasets
-        found: dict[int, list[int]] = {}
+        samples: dict[int, list[int]] = {}
         for row in rows:
-            for store, sample in row.samples:
-                found.setdefault(store, []).append(sample)
-        said = []
-        for store, numbers in found.items():
+            for dataset, sample in row.samples:
+                samples.setdefault(dataset, []).append(sample)
+        words = []
+        for dataset, numbers in samples.items():
             more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-            said.append(f"{datasets[store].prefix} {', '.join(map(str, numbers[:NAMED]))}{more}")
-        return "; ".join(said)
+            words.append(f"{datasets[dataset].prefix} {', '.join(map(str, numbers[:NAMED]))}{more}")
+        return "; ".join(words)
 
     def _memory(self) -> float:
         """Peak memory of this device, GB."""
@@ -301,7 +340,7 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     def _agree(self, checkpoints: CheckpointManager) -> bool:
-        """Whether all ranks have written their part of a save; and if any was told to stop, all stop here."""
+        """Whether all ranks have written their files of the pending save; if any rank got a signal, all stop here."""
         if self.strategy.mesh is None:
             return checkpoints.poll()
         signals = self.stopped.signal if self.stopped else 0
@@ -326,11 +365,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _difference(theirs: Any, mine: Any) -> str:
-    """The first key in which two mappings differ, in words."""
-    if not isinstance(theirs, dict) or not isinstance(mine, dict):
-        return f"is {theirs}, not {mine}"
-    key = next(key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key))
-    return f"has {key} {theirs.get(key)}, not {mine.get(key)}"
