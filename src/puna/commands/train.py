@@ -300,17 +300,15 @@ def _parts(
 
 
 def _resume(options: TrainOptions, trainer: Trainer, checkpoints: CheckpointManager) -> None:
-    """Go on where `options.resume` says, and say what was found."""
+    """Load the checkpoint that `options.resume` asks for, if any, and report it and the options that have changed."""
     if options.resume == "never":
         if any(checkpoints.folder.glob("step-*")):
             raise UserError(f"{options.out} holds checkpoints of an earlier run: choose another --out, or resume it.")
         return
     path = None if options.resume == "auto" else Path(options.resume).expanduser()
-    if (
-        path is not None
-        and path.resolve().parent != checkpoints.folder.resolve()
-        and any(checkpoints.folder.glob("step-*"))
-    ):
+    saved = checkpoints.newest() if path is None else checkpoints.open(path)
+    own = any(checkpoints.folder.glob("step-*"))
+    if path is not None and own and path.resolve().parent != checkpoints.folder.resolve():
         raise UserError(
             f"{options.out} holds checkpoints of its own beside those of {path.parent}: give --resume auto to go on"
             " with them, or choose another --out."

@@ -136,12 +136,16 @@ class PackedLoader:
             if count:
                 self.too_long[dataset.prefix] = count
                 lengths = np.where(over, 0 if long == "drop" else self.seq_len, lengths)
-                empty = [] if long == "drop" else [i for i in np.flatnonzero(over) if not _trains(dataset, i, lengths)]
+                empty = (
+                    []
+                    if long == "drop"
+                    else [i for i in np.flatnonzero(over).tolist() if not _trains(dataset, i, lengths)]
+                )
                 lengths[empty] = 0
                 if empty:
                     self.cut_empty[dataset.prefix] = len(empty)
-                remaining = np.flatnonzero(lengths)
-                if (empty or len(remaining)) and not any(_trains(dataset, i, lengths) for i in remaining):
+                remaining = np.flatnonzero(lengths).tolist()
+                if (empty or remaining) and not any(_trains(dataset, i, lengths) for i in remaining):
                     raise UserError(
                         f"{dataset.prefix} has nothing left to train on: {count:,} of {len(lengths):,} samples are"
                         f" longer than a row of {self.seq_len:,} tokens, and all trained tokens are in what is left"
@@ -193,7 +197,7 @@ def _any_trained(dataset: Dataset) -> bool:
 
 def _trains(dataset: Dataset, sample: int, lengths: np.ndarray) -> bool:
     """Whether any of the first `lengths[sample]` tokens of an instruction sample predicts a trained one."""
-    _, targets = dataset.sample(int(sample))
+    _, targets = dataset.sample(sample)
     return bool((targets[1 : lengths[sample] + 1] != IGNORED).any())
 
 
