@@ -12,6 +12,7 @@ clipped, nothing recomputed. Memory is the peak of what a process allocates.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -31,6 +32,8 @@ parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--methods", nargs="+", default=["full", "lora"], choices=("full", "lora"))
 parser.add_argument("--precision", default="bf16-mixed", choices=("bf16-mixed", "bf16"), help="bf16: state too")
 parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="puna's side alone")
+parser.add_argument("--layers", type=int, help="only so many layers of the shape")
+parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit"), help="puna's side alone")
 parser.add_argument("--compile", action="store_true", help="puna's side alone")
 parser.add_argument("--ours", action="store_true", help="puna's side alone")
 parser.add_argument("--json", type=Path)
@@ -42,23 +45,30 @@ RANK = 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def shape() -> Any:
+    """The preset, with as many layers as were asked for."""
+    from puna.model.presets import PRESETS
+
+    config = PRESETS[options.model]
+    return dataclasses.replace(config, num_hidden_layers=options.layers or config.num_hidden_layers)
+
+
 def ours(method: str) -> Any:
     """A function that makes one step of puna's trainer and returns its loss."""
     import numpy as np
     import torch
 
     from puna.commands.train import TYPES
-    from puna.data.loader import Packed
+    from puna.data.loader import PackedRow
     from puna.model.llama import Llama
     from puna.model.lora import LoraOptions, add_lora, initial
-    from puna.model.presets import PRESETS
     from puna.model_loader import random_reader
     from puna.parallel.strategy import ParallelStrategy
     from puna.train.optim import make_optimizer
     from puna.train.options import OptimOptions, TrainDataOptions, TrainModelOptions, TrainOptions
     from puna.train.trainer import Trainer
 
-    config = PRESETS[options.model]
+    config = shape()
     strategy = ParallelStrategy.single(options.device)
     with torch.device("meta"):
         model = Llama(config)
@@ -78,10 +88,10 @@ def ours(method: str) -> Any:
     class Rows:
         datasets: tuple = ()
 
-        def next_batch(self, n: int) -> list[Packed]:
+        def next_batch(self, n: int) -> list[PackedRow]:
             place, whole = np.arange(options.length), np.zeros(options.length, np.int32)
             rows = np.random.default_rng(0).integers(0, config.vocab_size, (n, options.length + 1))
-            return [Packed(row[:-1], row[1:], place, whole, []) for row in rows]
+            return [PackedRow(row[:-1], row[1:], place, whole, []) for row in rows]
 
     class Quiet:
         def watch(self, *_: Any) -> Any:
@@ -89,12 +99,12 @@ def ours(method: str) -> Any:
 
             return contextlib.nullcontext()
 
-    state = "bf16" if options.precision == "bf16" else "fp32"
+    state = "bf16" if options.precision == "bf16" and options.optimizer == "adamw" else "fp32"
     settings = TrainOptions(
         out=Path(),
         model=TrainModelOptions(name=options.model),
         data=TrainDataOptions(train=(), seq_len=options.length),
-        optim=OptimOptions(lr=1e-4, state=state),
+        optim=OptimOptions(lr=1e-4, state=state, name=options.optimizer),
         batch_size=options.rows,
         micro_batch_size=options.rows,
         precision=options.precision,
@@ -111,9 +121,7 @@ def theirs(method: str) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from puna.model.presets import PRESETS
-
-    config = LlamaConfig(**PRESETS[options.model].to_hf())
+    config = LlamaConfig(**shape().to_hf())
     with torch.device(options.device):
         model = LlamaForCausalLM._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     if method == "lora":
@@ -191,15 +199,14 @@ def measure(method: str) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    from puna.model.presets import PRESETS
     from puna.train.flops import flops_per_token, published_flops_per_token
 
     results = {}
     for method in options.methods:
         found = results[method] = measure(method)
         trained = 1.0 if method == "full" else 0.0
-        flops = flops_per_token(PRESETS[options.model], options.length, trained=trained)
-        published = published_flops_per_token(PRESETS[options.model], options.length)
+        flops = flops_per_token(shape(), options.length, trained=trained)
+        published = published_flops_per_token(shape(), options.length)
         for name, row in found.items():
             row["tflops"] = row["tokens_per_second"] * flops / 1e12
             row["tflops_published"] = row["tokens_per_second"] * published / 1e12

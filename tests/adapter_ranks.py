@@ -1,4 +1,4 @@
-"""What each rank of `test_peft.test_ranks_compute_what_one_process_does` runs, apart from that file's heavy peers."""
+"""What each rank of `test_adapter.test_ranks_compute_what_one_process_does` runs, without that file's peers."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,8 @@ def work(base, *adapters):
             adapter = read_adapter(folder)
             apart = load_model(source, torch.float64, tp=tp, adapter=adapter, fast=True)
             one = load_model(merge(source, adapter), torch.float64, tp=tp, fast=True)
-            torch.save([logits(apart), logits(one)], folder / f"{tp.rank}.pt")
+            int8 = load_model(source, torch.float64, tp=tp, adapter=adapter, quantization="int8", fast=True)
+            torch.save([logits(apart), logits(one), logits(int8)], folder / f"{tp.rank}.pt")
     tp.shutdown()
 
 

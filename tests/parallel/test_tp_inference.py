@@ -24,6 +24,7 @@ from puna.model.config import ModelConfig
 from puna.model_loader import load_model
 from puna.parallel.process_group import start
 from puna.parallel.tp_inference import BROADCAST_BYTES
+from puna.quant.registry import SCHEMES
 from puna.tokenizer import Tokenizer
 
 BASE = ModelConfig(
@@ -48,6 +49,11 @@ LAYOUTS = {
     "5 words": replace(BASE, vocab_size=5),
     "uneven MLP": replace(BASE, intermediate_size=51, mlp_bias=True),
 }
+QUANTISED = {
+    "few key heads": replace(BASE, num_attention_heads=12, num_key_value_heads=4, attention_bias=True),
+    "as many key heads": replace(BASE, num_attention_heads=12, num_key_value_heads=12),
+    "one key head": LAYOUTS["one key head"],
+}
 UNKNOWN = 300  # a token whose embedding is not a number
 
 
@@ -66,9 +72,9 @@ class Weights:
         return full[index] * (1 if full.ndim == 1 else full.shape[1] ** -0.5)
 
 
-def logits(config, tp=None, *, fast=True):
+def logits(config, tp=None, *, fast=True, quantization=None):
     """Logits [1, 12, vocab] of a whole forward."""
-    model = load_model(Weights(config), torch.float64, tp=tp, fast=fast)
+    model = load_model(Weights(config), torch.float64, tp=tp, fast=fast, quantization=quantization)
     ids = torch.arange(12).view(1, -1) * 7 % config.vocab_size
     with torch.inference_mode():
         return model.logits(model(ids, torch.arange(12), causal))
@@ -148,6 +154,11 @@ def work(folder, checkpoint):
         load_model(weights, torch.float64, tp=tp)
         found["taken"][name] = weights.taken
     found["plain"] = logits(LAYOUTS["biases"], tp, fast=False)
+    found["quantised"] = {
+        (scheme, name): logits(config, tp, quantization=scheme)
+        for scheme in SCHEMES
+        for name, config in QUANTISED.items()
+    }
     sizes = (0, 1, 500, BROADCAST_BYTES - 20, BROADCAST_BYTES - 10, BROADCAST_BYTES, 10 * BROADCAST_BYTES)
     found["shared"] = [tp.broadcast_object(os.urandom(1) * size if tp.rank == 0 else "ignored") for size in sizes]
     found["least"] = tp.all_reduce_min(10 - tp.rank)
@@ -183,6 +194,16 @@ def test_logits_equal_those_of_one_process_on_every_rank(found, name):
 def test_unfused_layers_split_too(found):
     for rank in found:
         torch.testing.assert_close(rank["plain"], logits(LAYOUTS["biases"]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_weights_are_those_of_one_process(found, name, scheme):
+    """Scales belong to whole rows, also where input features are split: fused, in float64, no rank differs."""
+    expected = logits(QUANTISED[name], quantization=scheme)
+    assert (expected - logits(QUANTISED[name])).abs().max() > 1e-6, "nothing was quantised"
+    for rank in found:
+        torch.testing.assert_close(rank["quantised"][scheme, name], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

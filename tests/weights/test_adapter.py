@@ -378,8 +378,11 @@ def test_ranks_compute_what_one_process_does(size, tiny_checkpoint, tmp_path):
         assert rank.code == 0, rank.err
     with open_checkpoint(base) as source:
         for folder in folders.values():
-            expected = logits(load_model(source, torch.float64, adapter=read_adapter(folder)))
+            adapter = read_adapter(folder)
+            expected = logits(load_model(source, torch.float64, adapter=adapter))
+            quantised = logits(load_model(source, torch.float64, adapter=adapter, quantization="int8"))
             for rank in range(size):
-                apart, one = torch.load(folder / f"{rank}.pt")
+                apart, one, int8 = torch.load(folder / f"{rank}.pt")
+                assert (int8 - quantised).abs().max() < 1e-12
                 assert (apart - expected).abs().max() < 1e-12
                 assert (one - expected).abs().max() < 1e-5  # summed in float32
