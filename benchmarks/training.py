@@ -58,12 +58,12 @@ def ours(method: str) -> Any:
     import numpy as np
     import torch
 
-    from puna.commands.train import TYPES
     from puna.data.loader import PackedRow
     from puna.model.llama import Llama
     from puna.model.lora import LoraOptions, add_lora, initial
     from puna.model_loader import random_reader
     from puna.parallel.strategy import ParallelStrategy
+    from puna.train.build import TYPES
     from puna.train.optim import make_optimizer
     from puna.train.options import OptimOptions, TrainDataOptions, TrainModelOptions, TrainOptions
     from puna.train.trainer import Trainer

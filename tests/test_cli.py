@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 
 from launching import SECONDS
 from puna import cli
+from puna.commands import info
 from puna.errors import UserError
 
 PUNA = [sys.executable, "-m", "puna"]
@@ -26,10 +28,8 @@ def failing(monkeypatch):
         def run(options):
             raise error
 
-        module = type(sys)("failing")
-        module.run = run
-        monkeypatch.setitem(sys.modules, "failing", module)
-        monkeypatch.setitem(cli.VERBS, "info", (cli.VERBS["info"][0], "failing:run", ""))
+        run.__annotations__ = get_type_hints(info.run)
+        monkeypatch.setattr(info, "run", run)
 
     return install
 

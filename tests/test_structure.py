@@ -16,7 +16,6 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ORDER = [
     {"errors"},
     {"progress", "files", "options"},
-    {"option_sets"},
     {"tokenizer", "kernels", "cluster"},
     {"model"},
     {"parallel", "quant"},
@@ -24,14 +23,16 @@ ORDER = [
     {"model_loader", "data"},
     {"train", "engine"},
     {"llm"},
+    {"bench"},
+    {"doctor"},
     {"commands"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Command line and the engine's bookkeeping: a --help, or a property test of the scheduler, must not wait for torch.
-COMMAND_LINE = ["errors", "progress", "options", "option_sets", "cli", "__main__", "weights.hub"]
-COMMAND_LINE += ["train.options", "commands.launch"]
+COMMAND_LINE = ["errors", "progress", "options", "cli", "__main__", "weights.hub", "data.options", "train.options"]
+COMMAND_LINE += [f"commands.{path.stem}" for path in sorted((PACKAGE / "commands").glob("[a-z]*.py"))]
 BOOKKEEPING = ["engine.sampling_params", "engine.sequence", "engine.block_pool", "engine.scheduler", "model.tp_plan"]
 
 

@@ -1,7 +1,7 @@
 """`puna VERB`: finds the verb's function, and turns whatever happens into one sentence and an exit code.
 
-0 done, 2 the user can put it right, 1 a defect of puna, 130 Ctrl-C. No --help imports torch: options live in
-`puna.option_sets`, the functions are imported when they are called.
+Exit codes: 0 done, 2 the user can put it right, 1 a defect of puna, 130 Ctrl-C. A new verb is a module in
+`puna.commands` and a line in `VERBS`. No --help imports torch: command modules import it inside their functions.
 """
 
 from __future__ import annotations
@@ -12,45 +12,32 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, get_type_hints
 
-from puna import __version__, option_sets, options
+from puna import __version__, options
 from puna.errors import UserError, nearest
-from puna.train import options as train_options
 
-# verb -> (its options, where its function is, what it does)
-VERBS: dict[str, tuple[type, str, str]] = {
-    "pull": (option_sets.PullOptions, "puna.weights.hub:run", "fetch a model into the local cache"),
-    "info": (option_sets.InfoOptions, "puna.commands.info:run", "say what a checkpoint is"),
-    "convert": (
-        option_sets.ConvertOptions,
-        "puna.weights.convert:run",
-        "turn a checkpoint into another format, and prove it",
-    ),
-    "lora merge": (
-        option_sets.LoraMergeOptions,
-        "puna.commands.lora_merge:run",
-        "merge a LoRA adapter into its model, and prove it",
-    ),
-    "verify": (option_sets.VerifyOptions, "puna.commands.verify:run", "compare two checkpoints of any format"),
-    "chat": (option_sets.ChatOptions, "puna.commands.chat:run", "talk with a model"),
-    "generate": (option_sets.GenerateOptions, "puna.commands.generate:run", "complete one prompt or thousands"),
-    "bench latency": (option_sets.LatencyOptions, "puna.commands.bench_latency:run", "time prefill and decode"),
-    "bench throughput": (
-        option_sets.ThroughputOptions,
-        "puna.commands.bench_throughput:run",
-        "time a queue of requests",
-    ),
-    "train": (train_options.TrainOptions, "puna.commands.train:run", "train a model, in full or with LoRA"),
-    "data prepare": (option_sets.PrepareOptions, "puna.data.prepare:run", "turn raw files into token data"),
-    "data show": (option_sets.ShowOptions, "puna.commands.data_show:run", "print samples, what is trained in colour"),
-    "data stats": (option_sets.StatsOptions, "puna.commands.data_stats:run", "totals and lengths of token data"),
-    "launch": (option_sets.LaunchOptions, "puna.commands.launch:run", "run a verb on several devices or machines"),
-    "doctor loss": (option_sets.DoctorLossOptions, "puna.commands.doctor_loss:loss", "compare the losses of two runs"),
-    "demo": (option_sets.DemoOptions, "puna.commands.demo:run", "the main job on real weights, in about a minute"),
+# verb -> its module in puna.commands, whose `run(options)` takes the dataclass that its annotation names
+VERBS = {
+    "pull": "pull",
+    "info": "info",
+    "convert": "convert",
+    "lora merge": "lora_merge",
+    "verify": "verify",
+    "chat": "chat",
+    "generate": "generate",
+    "bench latency": "bench_latency",
+    "bench throughput": "bench_throughput",
+    "train": "train",
+    "data prepare": "data_prepare",
+    "data show": "data_show",
+    "data stats": "data_stats",
+    "launch": "launch",
+    "doctor loss": "doctor_loss",
+    "demo": "demo",
 }
 HELP = ("-h", "--help", "help")
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -123,22 +110,28 @@ def _run(words: list[str]) -> int:
         verb, rest = f"{verb} {rest[0]}", rest[1:]
     if verb not in VERBS:
         raise UserError(f"puna has no verb {verb!r}{nearest(verb, VERBS)} (see puna --help)")
-    kind, place, _ = VERBS[verb]
+    command, options_type = _command(verb)
     try:
-        chosen: Any = options.parse(verb, kind, rest)
+        chosen: Any = options.parse(verb, options_type, rest)
     except SystemExit:  # --help and --print-config have printed what was asked for
         return 0
-    module, name = place.split(":")
-    function = getattr(import_module(module), name)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # `__main__` has its own until here
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return function(chosen) or 0
+    return command(chosen) or 0
+
+
+def _command(verb: str) -> tuple[Callable[[Any], int | None], type]:
+    """The function of a verb and its options dataclass."""
+    command = import_module(f"puna.commands.{VERBS[verb]}").run
+    return command, get_type_hints(command)["options"]
 
 
 def _overview(group: str = "") -> str:
     usage = " ".join(filter(None, ("usage: puna", group, "VERB [options]")))
     lines = [usage, "", "LLaMA checkpoints through their whole life.", ""]
-    lines += [f"  {verb:<18}{line}" for verb, (_, _, line) in VERBS.items() if verb.startswith(group)]
+    for verb in VERBS:
+        if verb.startswith(group):
+            lines.append(f"  {verb:<18}{options.summary(_command(verb)[1])}")
     return "\n".join([*lines, "", "puna VERB --help shows a verb's options with examples; puna --version the version."])
 
 

@@ -34,6 +34,7 @@ OPTION = re.compile(
     r"(--?[A-Za-z][\w-]*|--[A-Za-z][\w.-]*)(=.*)?", re.DOTALL
 )  # "-", "-1.5" and "- a list" are arguments, not options
 WIDTH = 100
+CHECKPOINT = "path, Hugging Face id (org/name) or alias (smollm2-135m-instruct) of a checkpoint"
 
 
 def argument(help: str, default: Any = MISSING, *, rest: bool = False) -> Any:
@@ -128,11 +129,11 @@ def help_text(verb: str, kind: type) -> str:
     for owner in kind.__mro__[:-1]:
         own = [entry for entry in _fields(kind) if entry.name in owner.__dict__.get("__annotations__", {})]
         if own:
-            title = "Arguments and options" if owner is kind else _doc(owner).splitlines()[0].rstrip(".")
+            title = "Arguments and options" if owner is kind else summary(owner)
             lines += ["", f"{title}:", *(_describe(entry, hints[entry.name]) for entry in own)]
     for name, inner in _groups(kind).items():
         inside = [entry for entry in _fields(kind) if entry.name.startswith(f"{name}.")]
-        lines += ["", f"{_doc(inner).splitlines()[0].rstrip('.')}:"]
+        lines += ["", f"{summary(inner)}:"]
         lines += [_describe(entry, hints[entry.name]) for entry in inside]
     lines += ["", "Everywhere:"]
     for head, text in (
@@ -143,6 +144,11 @@ def help_text(verb: str, kind: type) -> str:
     ):
         lines.append(_row(head, text))
     return "\n".join(lines)
+
+
+def summary(kind: type) -> str:
+    """The first line of a class's docstring without its full stop."""
+    return _doc(kind).splitlines()[0].rstrip(".")
 
 
 def convert(value: Any, hint: Any, name: str) -> Any:

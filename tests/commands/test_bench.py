@@ -5,9 +5,8 @@ import random
 
 import pytest
 
+from puna.bench import latency, throughput
 from puna.cli import main
-from puna.commands import bench_latency, bench_report, bench_throughput
-from puna.errors import UserError
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def test_lengths_are_those_of_the_tokenizer(tiny_checkpoint):
     llm = LLM(tiny_checkpoint())
     pairs = [("What is the capital?", "It's Paris, isn't it?"), ("x", "too short a question")]
     question, answer = (len(llm.tokenizer.encode(text)) for text in pairs[0])
-    assert bench_throughput.sample_lengths(llm, pairs, 9, random.Random(0)) == [(question, answer)]
+    assert throughput.sample_lengths(llm, pairs, 9, random.Random(0)) == [(question, answer)]
 
 
 def test_bytes_of_a_decode_step(tiny_checkpoint):
@@ -97,7 +96,7 @@ def test_bytes_of_a_decode_step(tiny_checkpoint):
         layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
         weights = c.num_hidden_layers * layer + c.hidden_size + c.vocab_size * c.hidden_size
         cache = 3 * 100 * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
-        assert bench_latency.step_bytes(llm, 3, 100) == 4 * (weights + cache)
+        assert latency.step_bytes(llm, 3, 100) == 4 * (weights + cache)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +120,3 @@ def test_bad_use_is_one_sentence(run, tmp_path, kind, words, says):
     (tmp_path / "short.json").write_text(json.dumps(CHATS[1:2]))
     code, out, err = run(kind, *words)
     assert code == 2 and not out and says in err and err.count("\n") == 1, err
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    def fail(path):
-        path.write_text("half")
-        raise UserError("no")
-
-    with pytest.raises(UserError):
-        bench_report.replace_with(tmp_path / "t.json", fail)
-    assert not list(tmp_path.iterdir())

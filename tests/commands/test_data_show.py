@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from puna.cli import main
-from puna.commands.data_show import parts
 from puna.data.indexed_dataset import IndexedDatasetBuilder, open_dataset
+from puna.data.show import parts
 from puna.tokenizer import Tokenizer
 
 MESSAGES = [

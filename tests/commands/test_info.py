@@ -8,10 +8,11 @@ import shutil
 import pytest
 
 from puna.cli import main
-from puna.commands.info import describe, preset, size, text
+from puna.commands.info import size, text
 from puna.model.presets import PRESETS
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
+from puna.weights.describe import describe, preset
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf", "meta", "ranks"])

@@ -8,8 +8,8 @@ import yaml
 
 from launching import SECONDS
 from puna.cli import main
-from puna.commands.launch import kubernetes, slurm, torchrun
-from puna.option_sets import LaunchOptions
+from puna.cluster.torchrun import torchrun_arguments
+from puna.commands.launch import LaunchOptions, manifest
 from puna.options import parse
 
 RUN = ["train", "run.yaml", "--mesh.tp", "2"]
@@ -19,27 +19,28 @@ def options(*words):
     return parse("launch", LaunchOptions, [*words, *RUN])
 
 
-def test_one_machine_needs_no_meeting_place():
-    assert torchrun(options("--nproc", "4")) == ["--nproc-per-node=4", "--standalone", "-m", "puna", *RUN]
+def test_one_machine_needs_no_rendezvous():
+    assert torchrun_arguments(RUN, nproc=4) == ["--nproc-per-node=4", "--standalone", "-m", "puna", *RUN]
 
 
 def test_several_machines_meet_at_the_first():
-    found = torchrun(options("--nproc", "8", "--nnodes", "2", "--rendezvous", "a:1"))
+    found = torchrun_arguments(RUN, nproc=8, nnodes=2, rendezvous="a:1")
     assert found[:4] == ["--nproc-per-node=8", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=a:1"]
 
 
 def test_the_slurm_script_is_a_script():
-    script = slurm(options("--nproc", "8", "--nnodes", "4", "--name", "big", "--time", "1:00:00"))
+    script = manifest(options("--slurm", "--nproc", "8", "--nnodes", "4", "--name", "big", "--time", "1:00:00"))
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     for line in ("--nodes=4", "--gpus-per-node=8", "--job-name=big", "--time=1:00:00", "--signal=TERM@120"):
         assert f"#SBATCH {line}\n" in script
     assert script.splitlines()[-1].startswith("srun torchrun --nproc-per-node=8 --nnodes=4 --rdzv-backend=c10d")
     assert '--rdzv-endpoint="$head:29500"' in script and script.endswith("-m puna train run.yaml --mesh.tp 2")
-    assert "--gpus-per-node" not in slurm(options("--no-gpus"))
+    assert "--gpus-per-node" not in manifest(options("--slurm", "--no-gpus"))
 
 
 def test_the_kubernetes_manifest_is_a_service_and_a_job():
-    service, job = yaml.safe_load_all(kubernetes(options("--nproc", "8", "--nnodes", "4", "--image", "me/puna:1")))
+    words = ("--k8s", "--nproc", "8", "--nnodes", "4", "--image", "me/puna:1")
+    service, job = yaml.safe_load_all(manifest(options(*words)))
     assert (service["kind"], job["kind"], job["spec"]["completions"]) == ("Service", "Job", 4)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puna.cli import main
-from puna.commands.verify import text, verify
+from puna.commands.verify import text
 from puna.errors import UserError
 from puna.weights.checkpoint import open_checkpoint
-from puna.weights.compare import compare
+from puna.weights.compare import compare, verify
 from puna.weights.convert import convert
 
 

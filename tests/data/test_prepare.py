@@ -14,9 +14,9 @@ import pytest
 from puna.cli import main
 from puna.data import prepare, records, sources, worker, writer
 from puna.data.indexed_dataset import open_dataset
+from puna.data.options import PrepareOptions
 from puna.data.prepare import prepare as run
 from puna.errors import UserError
-from puna.option_sets import PrepareOptions
 from puna.tokenizer import Tokenizer
 
 
@@ -136,7 +136,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from puna.data import prepare, records, writer
-from puna.option_sets import PrepareOptions
+from puna.data.options import PrepareOptions
 writer.SAVE_SECONDS, prepare.SMALL, records.CHUNK_BYTES = 0, 0, 2000
 count, original = 0, writer.Output.add
 def add(self, source, result):

@@ -2,16 +2,17 @@
 
 import math
 import re
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from puna.commands.train import asdict, check
 from puna.model.lora import LoraOptions, adapted
 from puna.model.presets import PRESETS
 from puna.options import parse
 from puna.parallel.mesh import MeshOptions, check_batch, check_model, resolve
+from puna.train.build import check
 from puna.train.options import TrainOptions
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

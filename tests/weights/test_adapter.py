@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from adapter_ranks import IDS, logits
 from launching import launch
 from puna.cli import main
-from puna.commands.lora_merge import merge_adapter
 from puna.errors import UserError
 from puna.files import manifest_path, read_json
 from puna.llm import LLM, load
@@ -23,7 +22,7 @@ from puna.model.lora import LoraOptions, add_lora, lora_tensors, saved
 from puna.model_loader import load_model
 from puna.weights.adapter import read_adapter, write_adapter
 from puna.weights.checkpoint import open_checkpoint
-from puna.weights.merge import merge
+from puna.weights.merge import merge, merge_adapter
 from puna.weights.verification import VerificationError
 
 peft = pytest.importorskip("peft")
@@ -352,7 +351,7 @@ def test_lora_merge_refuses_to_write_over_what_it_reads(tiny_checkpoint, tmp_pat
 def test_a_sum_that_is_not_the_adapters_is_not_written(tiny_checkpoint, tmp_path, monkeypatch):
     base = tiny_checkpoint()
     theirs(base, tmp_path / "a", PLAIN)
-    monkeypatch.setattr("puna.commands.lora_merge.merge", lambda source, adapter: spoiled(merge(source, adapter)))
+    monkeypatch.setattr("puna.weights.merge.merge", lambda source, adapter: spoiled(merge(source, adapter)))
     with pytest.raises(VerificationError, match="with its adapter"):
         merge_adapter(base, tmp_path / "a", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,66 +1,71 @@
-"""`puna bench latency`: how long a first token takes, and each one after it, for a batch of equal requests.
-
-Prefill is timed by asking for one token. Decode is the time of the whole answer less that, over the tokens that remain:
-the same subtraction works for any engine, so that the numbers compare. Each round has fresh random prompts, so that no
-prefix is found in the cache.
-"""
+"""`puna bench latency`: times of prefill and decode over a grid of shapes."""
 
 from __future__ import annotations
 
-import os
-import random
-import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
-from statistics import median
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from puna.commands.bench_report import Row, publish
-from puna.engine.sampling_params import SamplingParams
+from puna.commands.shared_options import ModelOptions, loading
 from puna.errors import UserError
-from puna.llm import LLM
-from puna.option_sets import BenchOptions, LatencyOptions, loading
-from puna.progress import meter
+from puna.options import CHECKPOINT, argument, option
 
-PANELS = (
-    ("first_ms", "first token, ms"),
-    ("per_token_ms", "each token after it, ms"),
-    ("decode_tok_s", "generated tokens/s"),
-)
+if TYPE_CHECKING:
+    from puna.bench.report import Panel, Row
+    from puna.llm import LLM
 
 
-Shape = tuple[int, int, int]  # tokens of each prompt, tokens of each answer, requests at once
+@dataclass(kw_only=True)
+class BenchOptions(ModelOptions):
+    """What is timed."""
+
+    model: str = argument(CHECKPOINT + "; with --weights random also a preset (llama2-7b, llama3.1-8b ...)")
+    input_len: tuple[int, ...] = option((128, 512), "prompt lengths in tokens")
+    output_len: tuple[int, ...] = option((64,), "answer lengths in tokens")
+    batch_size: tuple[int, ...] = option((1, 4, 16), "requests at once")
+    seed: int = option(0, "of the random prompts and weights")
+    json: Path | None = option(None, "also write the table as JSON")
+    plot: Path | None = option(None, "also draw the table as a PNG")
+
+
+@dataclass(kw_only=True)
+class LatencyOptions(BenchOptions):
+    """Time prefill and decode over a grid of lengths and batch sizes.
+
+    Times are medians. Decode is also given as a share of the memory bandwidth that a plain read reaches on the same
+    device.
+
+    Examples:
+      puna bench latency smollm2-135m-instruct --input-len 128,512 --output-len 64 --batch-size 1,4
+      puna bench latency tiny --weights random --input-len 64 --json times.json --plot times.png
+    """
+
+    warmup: int = option(1, "untimed rounds before the timed ones")
+    repeats: int = option(3, "timed rounds")
 
 
 def run(options: LatencyOptions) -> int:
     """Times the grid and publishes it."""
+    from puna.bench.latency import PANELS, read_bandwidth, time_grid
+
     if min(options.output_len) < 2:
         raise UserError("--output-len must be 2 or more: decode is what follows the first token")
     if options.repeats < 1 or options.warmup < 0:
         raise UserError("--repeats must be 1 or more, --warmup 0 or more")
     shapes = list(product(options.input_len, options.output_len, options.batch_size))
-    with load(options, max(options.input_len) + max(options.output_len)) as llm:
+    with load_model(options, max(options.input_len) + max(options.output_len)) as llm:
         bandwidth = read_bandwidth(llm.device)
         rows = time_grid(llm, shapes, bandwidth, options.warmup, options.repeats, options.seed)
     publish(rows, options, {"read_bandwidth": bandwidth}, PANELS)
     return 0
 
 
-def time_grid(llm: LLM, shapes: list[Shape], bandwidth: float, warmup: int, repeats: int, seed: int = 0) -> list[Row]:
-    """A row per shape, medians over `repeats`. `bandwidth`: see `read_bandwidth`."""
-    rng, rows = random.Random(seed), []
-    with meter("Timing", len(shapes) * (warmup + repeats), "rounds") as advance:
-        for shape in shapes:
-            rounds = []
-            for _ in range(warmup + repeats):
-                rounds.append(measure(llm, *shape, rng))
-                advance(1)
-            rows.append(_row(llm, shape, rounds[warmup:], bandwidth))
-    return rows
-
-
-def load(options: BenchOptions, longest: int) -> LLM:
+def load_model(options: BenchOptions, longest: int) -> LLM:
     """The model, sure to hold requests of `longest` tokens."""
+    from puna.llm import LLM
+
     if min(*options.input_len, *options.output_len, *options.batch_size) < 1:
         raise UserError("lengths and batch sizes must be 1 or more")
     wanted = loading(options) | {"seed": options.seed, "max_num_seqs": max(options.max_num_seqs, *options.batch_size)}
@@ -72,65 +77,13 @@ def load(options: BenchOptions, longest: int) -> LLM:
     return llm
 
 
-def measure(llm: LLM, input_len: int, output_len: int, batch: int, rng: random.Random) -> tuple[float, float]:
-    """Seconds to the first token of the whole batch, and seconds for all tokens after it."""
-    first = _timed(llm, input_len, 1, batch, rng)
-    return first, max(_timed(llm, input_len, output_len, batch, rng) - first, 1e-9)
+def publish(rows: Sequence[Row], options: BenchOptions, facts: Row, panels: Sequence[Panel]) -> None:
+    """Prints the table and writes the files that were asked for."""
+    from puna.bench.report import plot, table, write_report
 
-
-def _timed(llm: LLM, input_len: int, output_len: int, batch: int, rng: random.Random) -> float:
-    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
-    prompts = [random_prompt(llm, input_len, rng) for _ in range(batch)]
-    start = time.perf_counter()
-    for prompt in prompts:
-        llm.submit(prompt, params)
-    while llm.busy:
-        llm.step()
-    return time.perf_counter() - start
-
-
-def random_prompt(llm: LLM, length: int, rng: random.Random) -> list[int]:
-    return [rng.randrange(llm.config.vocab_size) for _ in range(length)]
-
-
-def _row(llm: LLM, shape: Shape, rounds: list[tuple[float, float]], bandwidth: float) -> Row:
-    input_len, output_len, batch = shape
-    first = median(prefill for prefill, _ in rounds)
-    step = median(decode for _, decode in rounds) / (output_len - 1)
-    return {
-        "input": input_len,
-        "output": output_len,
-        "batch": batch,
-        "first_ms": first * 1e3,
-        "prefill_tok_s": batch * input_len / first,
-        "per_token_ms": step * 1e3,
-        "decode_tok_s": batch / step,
-        "of_bandwidth": step_bytes(llm, batch, input_len + output_len / 2) / step / bandwidth,
-    }
-
-
-def step_bytes(llm: LLM, batch: int, context: float) -> float:
-    """Bytes that one decode step must read on each rank: all weights once, and the batch's keys and values."""
-    config, size = llm.config, llm.dtype.itemsize
-    shapes = config.tensors()
-    if "lm_head.weight" in shapes:
-        del shapes["model.embed_tokens.weight"]  # a few rows of it, the others stay where they are
-    weights = 0
-    for shape in shapes.values():
-        count = 1
-        for n in shape:
-            count *= n
-        weights += count
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch * context
-    return (weights + cache) * size / int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def read_bandwidth(device: str) -> float:
-    """Bytes per second that summing a large tensor reaches on the device: what a memory-bound step could."""
-    data = torch.ones(2**29 if device.startswith("cuda") else 2**26, device=device)
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        data.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+    print(table(rows))
+    if options.json:
+        given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+        write_report(options.json, rows, given, facts)
+    if options.plot:
+        plot(options.plot, rows, panels, options.model)

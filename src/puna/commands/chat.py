@@ -9,12 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from puna.engine.sampling_params import SamplingParams
+from puna.commands.shared_options import ModelOptions, SamplingOptions, loading, sampling
 from puna.errors import UserError, nearest
-from puna.llm import LLM
-from puna.option_sets import ChatOptions, loading, sampling
+from puna.options import option
+
+if TYPE_CHECKING:
+    from puna.engine.sampling_params import SamplingParams
+    from puna.llm import LLM
 
 Message = dict[str, str]
 LEAVE, START_OVER = ("q", "quit", "exit"), ("clear", "new")
@@ -25,8 +29,28 @@ clear, new      start over
 COMMANDS = (*LEAVE, *START_OVER, "system", "help")
 
 
+@dataclass(kw_only=True)
+class ChatOptions(ModelOptions, SamplingOptions):
+    """Talk with a model.
+
+    The answer streams to stdout, everything else goes to stderr. In the chat: q, quit or exit leave; clear or new start
+    over; /system TEXT sets the system message; /help lists these. Lines may be piped in. A chat that outgrows the
+    context drops its oldest turns and says so.
+
+    Examples:
+      puna chat smollm2-135m-instruct
+      puna chat ./my-model --system "Answer in one line." --temperature 0.7 --top-p 0.9
+      echo "What is the capital of France?" | puna chat smollm2-135m-instruct
+    """
+
+    system: str | None = option(None, "system message; the template's own when not given")
+    verbose: bool = option(False, "say after each answer how many tokens it took and how fast they came")
+
+
 def run(options: ChatOptions) -> int:
     """Talks until the user leaves or the input ends."""
+    from puna.llm import LLM
+
     given = sampling(options)
     for name in ("n", "num_beams", "logprobs", "prompt_logprobs"):
         if name in given:

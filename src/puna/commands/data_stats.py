@@ -1,21 +1,32 @@
-"""`puna data stats`: how much data there is, how long its samples are, and how well they pack."""
+"""`puna data stats`: totals and lengths of prepared data."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from puna.options import argument, option
 
-from puna.data.indexed_dataset import IGNORED, Dataset, open_dataset
-from puna.data.packing import best_fit
-from puna.option_sets import StatsOptions
 
-BLOCK = 1 << 20
+@dataclass(kw_only=True)
+class StatsOptions:
+    """Print totals and sample lengths of prepared data.
+
+    Examples:
+      puna data stats data/alpaca_train data/alpaca_validation
+      puna data stats data/corpus_train --plot lengths.png --seq-len 2048
+    """
+
+    prefix: tuple[str, ...] = argument("prefixes of the data")
+    plot: Path | None = option(None, "draw the lengths as a histogram (PNG)")
+    seq_len: int | None = option(None, "also say how well rows of this length are packed")
 
 
 def run(options: StatsOptions) -> None:
     """The verb: print a table with a column for each dataset, and draw the lengths where that is asked for."""
+    from puna.data.indexed_dataset import open_dataset
+    from puna.data.stats import facts, plot
+
     datasets = [open_dataset(prefix) for prefix in options.prefix]
     columns = [facts(data, options.seq_len) for data in datasets]
     rows = [["", *(Path(data.prefix).name for data in datasets)]]
@@ -27,60 +38,3 @@ def run(options: StatsOptions) -> None:
     if options.plot:
         plot(datasets, options.plot)
         print(options.plot)
-
-
-def facts(data: Dataset, seq_len: int | None = None) -> dict[str, str]:
-    """What the table says of a dataset."""
-    lengths = np.asarray(data.lengths)
-    tokens, count = int(lengths.sum(dtype=np.int64)), trained(data)
-    found: dict[str, Any] = {
-        "samples": len(data),
-        "tokens": tokens,
-        "trained": count,
-        "trained %": f"{100 * count / max(1, tokens):.1f}",
-        "shortest": int(lengths.min()),
-        "median": int(np.median(lengths)),
-        "mean": f"{tokens / len(data):.1f}",
-        "95 %": int(np.quantile(lengths, 0.95)),
-        "longest": int(lengths.max()),
-    }
-    if seq_len:
-        plan = best_fit(lengths, seq_len, 0)
-        found |= {
-            f"longer than {seq_len}": int((lengths > seq_len).sum()),
-            f"rows of {seq_len}": len(plan),
-            "filled %": f"{100 * tokens / (len(plan) * seq_len):.2f}",
-        }
-    card = data.card
-    found |= {"handler": card.get("handler", "?"), "template": (card.get("template") or {}).get("name") or "none"}
-    return {name: f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
-
-
-def trained(data: Dataset) -> int:
-    """How many tokens are trained."""
-    if data.labels is None:
-        return len(data.ids.tokens)
-    labels = data.labels.tokens
-    return sum(int((labels[first : first + BLOCK] != IGNORED).sum()) for first in range(0, len(labels), BLOCK))
-
-
-def plot(datasets: list[Dataset], path: Path) -> None:
-    """The lengths of samples as a histogram, PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    longest = max(int(np.max(data.lengths)) for data in datasets)
-    edges = np.unique(np.geomspace(1, longest + 1, 60).astype(int)).tolist()
-    for data in datasets:
-        axis.hist(np.asarray(data.lengths), edges, histtype="step", label=Path(data.prefix).name)
-    axis.set(xscale="log", xlabel="tokens in a sample", ylabel="samples")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    figure.tight_layout()
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
-    pyplot.close(figure)

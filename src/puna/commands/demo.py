@@ -10,20 +10,21 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from puna.commands import lora_merge, verify
-from puna.commands import train as training
-from puna.commands.bench_latency import PANELS, read_bandwidth, time_grid
-from puna.commands.bench_report import plot, replace_with, table
-from puna.data import prepare
-from puna.llm import LLM
-from puna.option_sets import ConvertOptions, DemoOptions, LoraMergeOptions, PrepareOptions, VerifyOptions
-from puna.options import parse
+from puna.commands import convert, data_prepare, lora_merge, train, verify
+from puna.commands.convert import ConvertOptions
+from puna.commands.lora_merge import LoraMergeOptions
+from puna.commands.verify import VerifyOptions
+from puna.data.options import PrepareOptions
+from puna.options import option, parse
 from puna.train.options import TrainOptions
-from puna.weights import convert
-from puna.weights.hub import pull
+
+if TYPE_CHECKING:
+    from puna.llm import LLM
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Write one sentence about llamas.")
 STARTS = (
@@ -52,8 +53,26 @@ schedule: {{name: cosine, warmup_ratio: 0.1}}
 """
 
 
+@dataclass(kw_only=True)
+class DemoOptions:
+    """Run the main job on real weights, in about a minute.
+
+    Imports a GGUF, verifies it, chats, generates a batch, times it, fine-tunes with LoRA and merges the adapter.
+
+    Examples:
+      puna demo
+      puna demo --model smollm2-135m-instruct --out demo
+    """
+
+    model: str = option("smollm2-135m-instruct", "the checkpoint that the demo imports")
+    out: Path = option(Path("demo"), "folder for the imported checkpoint, the answers and the plot")
+
+
 def run(options: DemoOptions) -> int:
     """Runs every step; files go to `options.out`."""
+    from puna.llm import LLM
+    from puna.weights.hub import pull
+
     start, model = time.perf_counter(), options.out / "smollm2"
     options.out.mkdir(parents=True, exist_ok=True)
     pull(options.model)
@@ -93,12 +112,12 @@ def _teach(model: Path, folder: Path) -> int:
     data, file, merged = folder / "character", folder / "character.yaml", folder / "merged"
     out = folder / "character-run"
     _title("Prepare sixty talks with a llama", f"puna data prepare {CHARACTER.name} --out {data} --tokenizer {model}")
-    prepare.run(
+    data_prepare.run(
         PrepareOptions(src=(str(CHARACTER),), out=data, tokenizer=str(model), validation=0.0, workers=1, overwrite=True)
     )
     _title("Fine-tune with LoRA", f"puna train {file}")
     file.write_text(RUN.format(out=out, model=model, data=data))
-    if code := training.run(parse("train", TrainOptions, [str(file)])):
+    if code := train.run(parse("train", TrainOptions, [str(file)])):
         return code
     print(f"curve saved as {out / 'loss.png'}, report as {out / 'report.html'}")
     adapter = out / "adapter"
@@ -114,6 +133,8 @@ def _teach(model: Path, folder: Path) -> int:
 
 
 def _answers(model: Path) -> list[str]:
+    from puna.llm import LLM
+
     with LLM(model) as llm:
         params = llm.defaults.merged({"max_tokens": 48})
         asked = [[{"role": "user", "content": question}] for question in ASKED]
@@ -161,8 +182,11 @@ def _batch(llm: LLM, folder: Path) -> None:
 
 
 def _time(llm: LLM, path: Path) -> None:
+    from puna.bench.latency import PANELS, read_bandwidth, time_grid
+    from puna.bench.report import plot, table
+
     shapes = list(product(INPUT, (OUTPUT,), BATCHES))
     rows = time_grid(llm, shapes, read_bandwidth(llm.device), warmup=0, repeats=3)
     print(table(rows))
-    replace_with(path, lambda beside: plot(rows, PANELS, "SmolLM2-135M-Instruct", beside))
+    plot(path, rows, PANELS, "SmolLM2-135M-Instruct")
     print(f"saved as {path}")

@@ -1,120 +1,46 @@
-"""`puna doctor`: what differs between two things that should be the same. `loss`: two training runs.
-
-The criteria are those by which AscendSpeed's authors compare a run with a reference accelerator: the mean relative
-error of the loss below 2 %, the mean absolute error below 0.005.
-"""
+"""`puna doctor loss`: the losses of two training runs side by side."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from puna.commands.bench_report import replace_with
-from puna.errors import UserError
-from puna.option_sets import DoctorLossOptions
-from puna.train.monitor import read_metrics
-
-DIFFERENT = 3  # exit code, as puna verify's
+from puna.commands.verify import DIFFERENT
+from puna.options import argument, option
 
 
-@dataclass(frozen=True)
-class LossReport:
-    """Two runs' losses at the steps that both have. `relative` and `absolute` are means over those steps."""
+@dataclass(kw_only=True)
+class DoctorLossOptions:
+    """Compare the losses of two training runs.
 
-    a: str
-    b: str
-    steps: int
-    relative: float
-    absolute: float
-    largest: float
-    largest_step: int
-    first_step: int | None  # at which the absolute difference passes its limit
-    same: bool
+    The limits, 2 % relative and 0.005 absolute, are of means over the steps that both runs have.
+
+    Exit code 0 when they agree, 3 when they differ.
+
+    Examples:
+      puna doctor loss runs/one-gpu runs/eight-gpus
+      puna doctor loss runs/a runs/b --plot losses.png
+    """
+
+    a: Path = argument("a run's folder or metrics.jsonl, the reference")
+    b: Path = argument("the other run")
+    relative: float = option(0.02, "limit of the mean relative difference")
+    absolute: float = option(0.005, "limit of the mean absolute difference")
+    plot: Path | None = option(None, "also draw both as a PNG")
+    json: bool = option(False, "print JSON")
 
 
-def loss(options: DoctorLossOptions) -> int:
+def run(options: DoctorLossOptions) -> int:
     """The verb: prints the comparison; 0 when the runs agree, 3 when they don't."""
-    a, b = (_losses(path) for path in (options.a, options.b))
+    from puna.doctor.losses import compare, plot, read_losses, text
+
+    a, b = (read_losses(path) for path in (options.a, options.b))
     report = compare(a, b, str(options.a), str(options.b), options.relative, options.absolute)
     if options.plot:
-        replace_with(options.plot, lambda path: _plot(a, b, report, path))
+        plot(options.plot, a, b, report)
     if options.json:
         print(json.dumps(asdict(report), indent=2))
     else:
         print(text(report, options.relative, options.absolute))
     return 0 if report.same else DIFFERENT
-
-
-def compare(
-    a: dict[int, float], b: dict[int, float], name_a: str, name_b: str, relative: float, absolute: float
-) -> LossReport:
-    """`a` is the reference: step -> loss. Raises UserError when the two share no step."""
-    steps = sorted(a.keys() & b.keys())
-    if not steps:
-        raise UserError(f"{name_a} and {name_b} have no step in common.")
-    differences = {step: abs(a[step] - b[step]) for step in steps}
-    worst = max(steps, key=lambda step: differences[step] if math.isfinite(differences[step]) else math.inf)
-    mean = sum(differences.values()) / len(steps)
-    share = sum(differences[step] / max(abs(a[step]), 1e-12) for step in steps) / len(steps)
-    return LossReport(
-        a=name_a,
-        b=name_b,
-        steps=len(steps),
-        relative=share,
-        absolute=mean,
-        largest=differences[worst],
-        largest_step=worst,
-        first_step=next((step for step in steps if not differences[step] < absolute), None),
-        same=share < relative and mean < absolute,
-    )
-
-
-def text(report: LossReport, relative: float, absolute: float) -> str:
-    """The report for people."""
-
-    def part(name: str, value: float, shown: str, limit: float) -> str:
-        return f"{name:<11}{'ok' if value < limit else 'DIFFERS':<9}{shown} on average, the limit is {limit:g}"
-
-    lines = [
-        f"A  {report.a}",
-        f"B  {report.b}",
-        "",
-        part("relative", report.relative, f"{report.relative:.3%}", relative),
-        part("absolute", report.absolute, f"{report.absolute:.5f}", absolute),
-        f"{'':<20}largest {report.largest:.5f} at step {report.largest_step}; {report.steps} steps compared",
-    ]
-    if report.first_step is not None:
-        lines.append(f"{'':<20}first above the absolute limit at step {report.first_step}")
-    said = "The losses agree." if report.same else "The losses differ."
-    return "\n".join([*lines, "", said])
-
-
-def _losses(path: Path) -> dict[int, float]:
-    found = {line["step"]: float(line["loss"]) for line in read_metrics(path) if "loss" in line}
-    if not found:
-        raise UserError(f"{path} has no step with a loss yet.")
-    return found
-
-
-def _plot(a: dict[int, float], b: dict[int, float], report: LossReport, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1))
-    for name, losses in ((f"A  {report.a}", a), (f"B  {report.b}", b)):
-        upper.plot(list(losses), list(losses.values()), label=name, lw=1)
-    upper.set_ylabel("loss")
-    upper.legend()
-    steps = sorted(a.keys() & b.keys())
-    lower.plot(steps, [b[step] - a[step] for step in steps], lw=1, color="black")
-    lower.set_xlabel("step")
-    lower.set_ylabel("B - A")
-    for axis in (upper, lower):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)

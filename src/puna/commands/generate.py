@@ -16,23 +16,51 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from puna.engine.outputs import Logprob, RequestOutput
-from puna.engine.sampling_params import SamplingParams
+from puna.commands.shared_options import ModelOptions, SamplingOptions, loading, sampling
 from puna.errors import UserError
-from puna.llm import LLM
-from puna.option_sets import GenerateOptions, SamplingOptions, loading, sampling
-from puna.options import convert_all
+from puna.options import argument, convert_all, option
 from puna.progress import meter
-from puna.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from puna.engine.outputs import Logprob, RequestOutput
+    from puna.engine.sampling_params import SamplingParams
+    from puna.llm import LLM
+    from puna.tokenizer import Tokenizer
 
 LONGEST = 64 << 20  # bytes of a line of input
 LONG = 1 << 20  # characters of a prompt, from which on the context is looked at before they are encoded
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
 SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 Record = dict[str, Any]
-Load = Callable[[], tuple[LLM, SamplingParams]]
+Load = Callable[[], tuple["LLM", "SamplingParams"]]
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(ModelOptions, SamplingOptions):
+    """Complete one prompt or thousands.
+
+    Prompts are arguments, a text file with one prompt a line, JSONL, or stdin. A JSONL row is {"prompt": "..."} or
+    {"messages": [{"role": "user", "content": "..."}]}, with an optional "id", an optional "metadata" that comes out as
+    it went in, and the row's own values for the options of how tokens are chosen. JSONL goes in and JSONL comes out, in
+    the same order: {"index", "id", "choices", "usage"}, or {"index", "id", "error"} for a bad row, and the rest goes
+    on; that is no failure of the run. With --out, a second run skips the rows that are already there.
+
+    Examples:
+      puna generate smollm2-135m-instruct "The capital of France is" --max-tokens 16
+      puna generate smollm2-135m-instruct --chat "Name three llamas." --n 2 --temperature 0.8 --seed 1
+      puna generate smollm2-135m-instruct --file prompts.txt --max-tokens 64
+      puna generate smollm2-135m-instruct --file prompts.jsonl --out answers.jsonl
+      puna generate smollm2-135m-instruct --file - --jsonl < prompts.jsonl > answers.jsonl
+    """
+
+    prompt: tuple[str, ...] = argument("prompts; without any and without --file, all of stdin is one", default=())
+    file: str | None = option(None, "prompts: a .jsonl file, a text file with one a line, or - for stdin")
+    jsonl: bool = option(False, "--file is JSONL whatever its name, and JSONL is printed")
+    out: Path | None = option(None, "write JSONL here; rows that it already holds are not generated again")
+    chat: bool = option(False, "a prompt is a user's message: apply the chat template")
+    system: str | None = option(None, "system message of --chat")
 
 
 @dataclass
@@ -49,6 +77,8 @@ class Row:
 
 def run(options: GenerateOptions) -> int:
     """Generates for every prompt. A bad row of JSONL becomes a record with an error, and the run ends with 0."""
+    from puna.llm import LLM
+
     _check(options)
     jsonl = options.jsonl or (options.file or "").endswith((".jsonl", ".ndjson"))
     given = sampling(options)

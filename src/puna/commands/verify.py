@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from puna.errors import UserError
-from puna.model.config import ModelConfig
-from puna.option_sets import VerifyOptions
-from puna.weights.checkpoint import open_checkpoint
-from puna.weights.compare import Report, TensorDifference, compare
-from puna.weights.verification import PROBES
+from puna.options import CHECKPOINT, argument, option
+
+if TYPE_CHECKING:
+    from puna.weights.compare import Report, TensorDifference
 
 DIFFERENT = 3  # exit code: neither an internal error (1) nor a mistake of the user (2)
 MOST = 8  # lines of details
 
 
+@dataclass(kw_only=True)
+class VerifyOptions:
+    """Compare two checkpoints of any formats: config, tokenizer, tensors, logits.
+
+    Names the first layer that differs. Exit code 0 when they are the same model, 3 when they differ.
+
+    Examples:
+      puna verify smollm2-135m-instruct smollm2
+      puna verify smollm2 smollm2-q8_0.gguf --tolerance 0.01
+    """
+
+    a: str = argument(CHECKPOINT)
+    b: str = argument("the other checkpoint")
+    tolerance: float | None = option(
+        None, "relative difference of a tensor that counts as the same; 0 when not given, 0.02 for quantised ones"
+    )
+    logits: bool = option(True, "compare what is stored alone, without running both on probe texts")
+    json: bool = option(False, "print JSON")
+
+
 def run(options: VerifyOptions) -> int:
     """The verb: prints the report; 0 when the two are the same model, 3 when they differ."""
+    from puna.weights.compare import verify
+
     if options.tolerance is not None and not 0 <= options.tolerance < 1:
         raise UserError("--tolerance is a relative difference: choose 0 or more, and less than 1")
     report = verify(options.a, options.b, options.tolerance, logits=options.logits)
@@ -30,14 +51,11 @@ def run(options: VerifyOptions) -> int:
     return 0 if report.same else DIFFERENT
 
 
-def verify(a: str | Path, b: str | Path, tolerance: float | None = None, *, logits: bool = True) -> Report:
-    """Compares two checkpoints, each given by path, Hub id or alias. See `puna.weights.compare.compare`."""
-    with open_checkpoint(a) as opened_a, open_checkpoint(b) as opened_b:
-        return compare(opened_a, opened_b, tolerance, logits=logits)
-
-
 def text(report: Report) -> str:
     """The report for people: a line per part with what differs below it, the verdict last."""
+    from puna.model.config import ModelConfig
+    from puna.weights.verification import PROBES
+
     lines = [f"A  {report.a}", f"B  {report.b}", ""]
 
     def part(name: str, differs: Any, what: str, details: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`puna data prepare`: raw files to token stores, over all cores, at constant memory, and on from where it was killed.
+"""Raw files to token stores, over all cores, at constant memory, and on from where it was killed.
 
 Chunks are encoded by worker processes and written by this one in the order of the sources, so that the bytes are the
 same whatever the number of workers. Every now and then what is written is brought to the disk and a manifest says how
@@ -24,12 +24,12 @@ from typing import Any
 from puna.data import handlers, sources, worker
 from puna.data.encoder import LabelEncoder
 from puna.data.indexed_dataset import MAX_CARD
+from puna.data.options import PrepareOptions
 from puna.data.sources import Chunk, Source
 from puna.data.worker import Encoded, Job
-from puna.data.writer import Output, Stats, all_stores, prefix_of
+from puna.data.writer import Output, Stats, all_stores
 from puna.errors import UserError
 from puna.files import sha256
-from puna.option_sets import PrepareOptions
 from puna.progress import meter
 from puna.tokenizer import Tokenizer
 from puna.weights import hub
@@ -38,14 +38,6 @@ from puna.weights.checkpoint import open_checkpoint
 SMALL = 4 << 20  # bytes of input that are done sooner than a worker starts
 PROBED = 100  # rows that are tried before the work begins
 VERSION = 1
-
-
-def run(options: PrepareOptions) -> None:
-    """The verb: prepare, then print what there is."""
-    card = prepare(options)
-    for split, counts in card["splits"].items():
-        numbers = f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {counts['trained']:,} trained"
-        print(f"{prefix_of(options, split)}: {numbers}, longest {counts['longest']:,}")
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:

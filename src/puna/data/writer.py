@@ -15,9 +15,9 @@ import numpy as np
 
 from puna.data import handlers
 from puna.data.indexed_dataset import IndexedDatasetBuilder, token_dtype
+from puna.data.options import PrepareOptions
 from puna.data.worker import NAMED, STORES, Counts, Encoded, Job
 from puna.files import write_json
-from puna.option_sets import PrepareOptions
 
 SAVE_SECONDS = 20.0
 

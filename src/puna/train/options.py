@@ -120,10 +120,11 @@ class LogOptions:
 
 @dataclass(kw_only=True)
 class TrainOptions:
-    """Train a model: from random weights, from a checkpoint, in full or with LoRA, on one device or a mesh of them.
+    """Train a model, in full or with LoRA, on one device or many.
 
-    The run is a YAML file; every key can be given on the command line too. Under torchrun, or `puna launch`, the ranks
-    share the work as the mesh says. A run that was stopped goes on where it was when it is started again.
+    Training starts from random weights or from a checkpoint. The run is a YAML file; every key can be given on the
+    command line too. Under torchrun, or `puna launch`, the ranks share the work as the mesh says. A run that was
+    stopped goes on where it was when it is started again.
 
     Examples:
       puna train run.yaml

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from puna.errors import UserError
 from puna.progress import meter
 from puna.tokenizer import Tokenizer
-from puna.weights.checkpoint import Checkpoint
+from puna.weights.checkpoint import Checkpoint, open_checkpoint
 from puna.weights.layerwise import trace
 from puna.weights.verification import PROBES, as_stored, bit_equal
 
@@ -78,6 +79,12 @@ class Report:
     def same(self) -> bool:
         found = (self.config, self.only_a, self.only_b, self.shapes, self.different, self.tokenizer, self.first_layer)
         return not any(found)
+
+
+def verify(a: str | Path, b: str | Path, tolerance: float | None = None, *, logits: bool = True) -> Report:
+    """Compares two checkpoints, each given by path, Hub id or alias. See `compare`."""
+    with open_checkpoint(a) as opened_a, open_checkpoint(b) as opened_b:
+        return compare(opened_a, opened_b, tolerance, logits=logits)
 
 
 def compare(a: Checkpoint, b: Checkpoint, tolerance: float | None = None, *, logits: bool = True) -> Report:

@@ -1,4 +1,4 @@
-"""`puna convert`: a checkpoint of any format into another, tensor by tensor, proven against its source.
+"""A checkpoint of any format into another, tensor by tensor, proven against its source.
 
 The result is written beside its destination and moved there when it is whole, on disk and proven: what is stopped, by
 Ctrl-C, a full disk or a power cut, leaves nothing that looks like a checkpoint.
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from puna.errors import UserError, nearest
 from puna.files import manifest_path, staged, write_json
-from puna.option_sets import ConvertOptions
 from puna.progress import meter, track
 from puna.weights import verification
 from puna.weights.checkpoint import Checkpoint, Index, open_checkpoint
@@ -110,30 +108,6 @@ class Target:
             )
         else:
             write_ranks(source, path, dtype, ranks=self.ranks)
-
-
-def run(options: ConvertOptions) -> int:
-    """The verb: converts, and says on stderr what it did; on stdout stands the path."""
-    done = convert(
-        options.src,
-        options.dst,
-        options.to,
-        options.dtype,
-        ranks=options.ranks,
-        max_shard=int(options.max_shard_gb * 1e9),
-        tp=options.tp,
-        pp=options.pp,
-        names=options.names,
-        merge_mlp=options.merge_mlp,
-        vocab_multiple=options.make_vocab_size_divisible_by,
-        vocab_size=options.vocab_size,
-        revision=options.revision,
-        overwrite=options.overwrite,
-        prove=options.proof,
-    )
-    print(summary(done), file=sys.stderr)
-    print(done.path)
-    return 0
 
 
 def convert(

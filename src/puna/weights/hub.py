@@ -17,15 +17,12 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from puna.errors import UserError, nearest
 from puna.files import leftovers_note, replacing, sha256
 from puna.model.presets import PRESETS
 from puna.progress import meter
-
-if TYPE_CHECKING:
-    from puna.option_sets import PullOptions
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,6 @@ ALIASES = {
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[^/@]+\.gguf)?(@[^@]+)?")
 SPLIT_TAIL = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 TEXT_FILES = (".json", ".model", ".jinja", ".txt", ".tiktoken")
-
-
-def run(options: PullOptions) -> None:
-    """`puna pull`: prints where the model is."""
-    print(pull(options.model, options.revision))
 
 
 def cache_dir() -> Path:

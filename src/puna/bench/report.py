@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from puna.option_sets import BenchOptions
+from puna.files import replacing, write_json
 
 Row = dict[str, Any]
 Panel = tuple[str, str]  # the column of the y axis, its label
 
 
-def publish(rows: Sequence[Row], options: BenchOptions, facts: Row, panels: Sequence[Panel]) -> None:
-    """Prints the table, and writes the files that were asked for. `facts` go into the JSON beside the options."""
-    print(table(rows))
-    if options.json:
-        given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-        content = {"machine": machine() | facts, "options": given, "rows": list(rows)}
-        replace_with(options.json, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-    if options.plot:
-        replace_with(options.plot, lambda path: plot(rows, panels, options.model, path))
+def write_report(path: Path, rows: Sequence[Row], options: Row, facts: Row) -> None:
+    """Writes rows, options and the machine as JSON; `facts` are added to those of the machine."""
+    content = {"machine": machine() | facts, "options": options, "rows": list(rows)}
+    write_json(path, content)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -36,8 +28,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def plot(rows: Sequence[Row], panels: Sequence[Panel], title: str, path: Path) -> None:
-    """One panel per measure over the batch size, one line per pair of lengths, as a PNG."""
+def plot(path: Path, rows: Sequence[Row], panels: Sequence[Panel], title: str) -> None:
+    """Writes a PNG: one panel per measure over the batch size, one line per pair of lengths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +49,8 @@ def plot(rows: Sequence[Row], panels: Sequence[Panel], title: str, path: Path) -
     axes[0][0].legend(fontsize="small")
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=120)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
     pyplot.close(figure)
 
 
@@ -71,16 +64,6 @@ def machine() -> Row:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
     }
-
-
-def replace_with(path: Path, write: Any) -> None:
-    """Writes a file beside `path` and moves it there, so that no one meets half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _cell(value: Any) -> str:

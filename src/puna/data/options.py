@@ -1,0 +1,50 @@
+"""Options of data preparation. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+from puna.options import CHECKPOINT, argument, option
+
+
+@dataclass(kw_only=True)
+class PrepareOptions:
+    """Tokenise raw files into training data.
+
+    Writes Megatron's .bin/.idx, and a JSON card with their metadata. Reads .jsonl, .json, .csv, .txt, .parquet and
+    .arrow, plain or as .gz or .zst: files, folders, globs, and datasets of the Hugging Face Hub. Handlers: text,
+    wikitext, wikitext-clean, alpaca, sharegpt, vicuna, openai, moss, moss-turns, belle, squad, squad-first, leetcode,
+    preference. Killed, the same command goes on where it was.
+
+    Examples:
+      puna data prepare corpus/*.txt --out data/corpus --tokenizer smollm2-135m-instruct
+      puna data prepare alpaca.json --out data/alpaca --tokenizer ./llama2-7b --template alpaca
+      puna data prepare chats.jsonl.gz --out data/chats --tokenizer smollm2-135m-instruct --loss last
+      puna data prepare HuggingFaceFW/fineweb --subset sample-10BT --out data/web --tokenizer ./llama3-8b
+    """
+
+    src: tuple[str, ...] = argument("files, folders, globs or Hub datasets (org/name)")
+    out: Path = option(MISSING, "prefix of what is written: OUT_train_text_document.bin, OUT.json and so on")
+    tokenizer: str = option(MISSING, CHECKPOINT + ", or a tokenizer file; its template is used too")
+    handler: str = option("auto", "what the rows are; auto looks at their fields and says what it found")
+    template: str | None = option(
+        None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
+    )
+    template_values: dict[str, str] | None = option(
+        None, "variables for the template, as in '{date_string: 26 Jul 2024}'"
+    )
+    loss: Literal["all", "last"] = option("all", "which answers of a conversation are trained")
+    text_field: str = option("text", "handler text: the field that holds the document")
+    documents: Literal["line", "paragraph", "file"] = option("line", "what a document is in a text file")
+    append_eos: bool = option(True, "leave out the EOS after every document")
+    validation: float = option(0.01, "share of the samples, by their hash, kept apart for validation; 0 is no split")
+    workers: int | None = option(None, "processes; all cores when not given")
+    engine: Literal["local", "ray"] = option(
+        "local", "ray: as a Ray Data job on the cluster that this machine belongs to"
+    )
+    subset: str | None = option(None, "Hub datasets: the subset (configuration)")
+    split: str = option("train", "Hub datasets: the split")
+    revision: str | None = option(None, "Hub datasets: branch, tag or commit")
+    overwrite: bool = option(False, "replace the data of that name")

@@ -1,0 +1,1 @@
+"""Comparisons of two things that should be the same."""

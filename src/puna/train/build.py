@@ -1,0 +1,236 @@
+"""From a run's options to what the trainer needs: model, data, and the checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puna.data.indexed_dataset import open_dataset
+from puna.data.loader import PackedLoader
+from puna.errors import UserError
+from puna.model.config import ModelConfig
+from puna.model.llama import Llama
+from puna.model.lora import LoraOptions, add_lora, initial
+from puna.model.presets import PRESETS
+from puna.model_loader import random_reader
+from puna.parallel.strategy import ParallelStrategy
+from puna.tokenizer import Tokenizer
+from puna.train.checkpoint import CheckpointManager
+from puna.train.optim import check_optim
+from puna.train.options import TrainOptions
+from puna.train.run_folder import check_folder, lock
+from puna.train.save_model import Origin
+from puna.train.schedule import check_schedule
+from puna.train.trainer import Trainer
+from puna.weights.checkpoint import Checkpoint, open_checkpoint
+
+# precision -> type of trained weights, type of products where it is another
+TYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "fp16-mixed": (torch.float32, torch.float16),
+    "bf16": (torch.bfloat16, None),
+    "fp32": (torch.float32, None),
+    "fp64": (torch.float64, None),
+}
+Read = Callable[[str, tuple[slice, ...]], Tensor]
+
+
+def check(options: TrainOptions) -> None:
+    """Raises UserError for values that cannot be meant."""
+    least = {"batch_size": 1, "micro_batch_size": 1, "data.seq_len": 1, "loss_chunk": 1, "max_skipped": 1,
+             "eval_every": 0, "eval_rows": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "log.every": 1}  # fmt: skip
+    for name, minimum in least.items():
+        value = attrgetter(name)(options)
+        if value < minimum:
+            raise UserError(f"{name} must be at least {minimum}, not {value}.")
+    above = {"log.spike": options.log.spike, "log.stall": options.log.stall}
+    if options.log.peak_tflops is not None:
+        above["log.peak_tflops"] = options.log.peak_tflops
+    for name, value in above.items():
+        if value <= 0:
+            raise UserError(f"{name} must be above 0, not {value:g}.")
+    if options.steps is not None and options.steps < 1 or options.epochs <= 0:
+        raise UserError("steps must be at least 1, epochs above 0.")
+    if options.data.weights and len(options.data.weights) != len(options.data.train):
+        raise UserError("data.weights needs a number for every store of data.train.")
+    if options.model.weights == "random" and options.lora.rank:
+        raise UserError("lora.rank trains adapters of a checkpoint, not of random weights; set it to 0.")
+    check_optim(options.optim)
+    check_schedule(options.schedule, options.optim.lr)
+
+
+@contextmanager
+def claim(folder: Path, strategy: ParallelStrategy) -> Iterator[None]:
+    """Check and lock the run's folder; the first rank does, and all raise what it finds."""
+    with ExitStack() as stack:
+        problem: list[str | None] = [None]
+        if strategy.is_first:
+            try:
+                check_folder(folder)
+                stack.enter_context(lock(folder))
+            except UserError as error:
+                problem = [str(error)]
+        if strategy.mesh is not None:
+            dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+        yield
+
+
+def base_fingerprint(strategy: ParallelStrategy, source: Checkpoint) -> str:
+    """sha256 over the first row of every tensor of a checkpoint, the same on all ranks and for every float type."""
+    digest = hashlib.sha256()
+    if strategy.is_first:
+        for name in sorted(source.tensors):
+            digest.update(f"{name} {list(source.tensors[name].shape)}".encode())
+            digest.update(source.read(name, (slice(0, 1),)).to(torch.float32).contiguous().numpy().tobytes())
+    found = [digest.hexdigest()]
+    if strategy.mesh is not None:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def left_out(loader: PackedLoader, long: str) -> list[str]:
+    """The samples that don't fit a row, in sentences."""
+    notes = []
+    for dataset in loader.datasets:
+        if count := loader.too_long.get(dataset.prefix):
+            text = f"{dataset.prefix}: {count:,} of {len(dataset.lengths):,} samples are longer than"
+            text += f" {loader.seq_len:,} tokens and were {'cut' if long == 'cut' else 'dropped'}"
+            if empty := loader.cut_empty.get(dataset.prefix):
+                text += f"; {empty:,} of them had no trained token left and were dropped"
+            notes.append(text)
+    return notes
+
+
+def open_origin(options: TrainOptions) -> tuple[Origin, Checkpoint | None]:
+    """What the run starts from, and the open checkpoint that weights are read from."""
+    asked = options.model
+    source = None if asked.name in PRESETS and asked.weights == "random" else _open(asked.name, asked.revision)
+    tokenizer = source.tokenizer() if source is not None else None
+    if asked.tokenizer is not None:
+        path = Path(asked.tokenizer).expanduser()
+        tokenizer = Tokenizer.load(path) if path.exists() else _open(asked.tokenizer, None).tokenizer()
+    if source is not None and asked.weights == "auto":
+        if asked.vocab_size is not None or asked.context is not None:
+            raise UserError("model.vocab_size and model.context are for random weights; a checkpoint has its own.")
+        return Origin(asked.name, source.config, source.hf_config, source.generation, tokenizer), source
+    config = PRESETS[asked.name] if source is None else source.config
+    if source is not None:
+        source.close()
+    config = replace(
+        config,
+        vocab_size=asked.vocab_size or config.vocab_size,
+        max_position_embeddings=asked.context or config.max_position_embeddings,
+    )
+    if tokenizer is not None:
+        tokenizer.check_fits(config.vocab_size)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+    hf_config = config.to_hf() | {name: index for name, index in ids.items() if index is not None}
+    hf_config["torch_dtype"] = options.checkpoint.export_dtype
+    return Origin(asked.name, config, hf_config, {}, tokenizer), None
+
+
+def _open(name: str, revision: str | None) -> Checkpoint:
+    try:
+        return open_checkpoint(name, revision=revision)
+    except UserError as error:
+        if name in PRESETS:
+            raise UserError(f"{name} is a shape without weights here: add model.weights: random.") from None
+        raise error
+
+
+def make_loader(
+    options: TrainOptions,
+    strategy: ParallelStrategy,
+    prefixes: tuple[str, ...],
+    weights: tuple[float, ...],
+    tokenizer: Tokenizer | None,
+) -> PackedLoader:
+    """The rows of this data rank from the token data at `prefixes`, mixed by `weights`."""
+    datasets = [open_dataset(prefix) for prefix in prefixes]
+    if not datasets:
+        raise UserError("data.train names no token data; puna data prepare makes some.")
+    if tokenizer is not None:
+        for dataset in datasets:
+            dataset.check_tokenizer(tokenizer)
+    return PackedLoader(
+        list(zip(datasets, weights or [None] * len(datasets), strict=True)),
+        options.data.seq_len,
+        options.data.seed,
+        packing=options.data.packing,
+        long=options.data.long,
+        rank=strategy.data_rank,
+        size=strategy.data_size,
+    )
+
+
+def lora_options(options: TrainOptions) -> LoraOptions | None:
+    """The adapters that are trained; None for full training."""
+    return LoraOptions(**asdict(options.lora)) if options.lora.rank else None
+
+
+def build_parts(
+    options: TrainOptions,
+    strategy: ParallelStrategy,
+    config: ModelConfig,
+    source: Checkpoint | None,
+    lora: LoraOptions | None,
+) -> list:
+    """The model as this layout holds it, with its first weights."""
+    dtype, compute = TYPES[options.precision]
+    with torch.device("meta"):
+        model = Llama(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if lora is not None:
+        add_lora(model, lora, seed=options.seed)
+        shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters() if ".adapter." in name}
+    parts = strategy.prepare(
+        model,
+        dtype=dtype,
+        compute_dtype=compute,
+        recompute_blocks=options.recompute,
+        compile_blocks=options.compile,
+    )
+    read: Read = source.read if source is not None else random_reader(config, torch.float32, "cpu", options.seed)
+
+    def read_any(name: str, index: tuple[slice, ...]) -> Tensor:
+        if ".adapter." in name:
+            shape = shapes.get(name) or shapes[f"model.{name}"]
+            return initial(name, shape, options.seed)[index]
+        return read(name, index)
+
+    strategy.load(parts, read_any)
+    return parts
+
+
+def resume(options: TrainOptions, trainer: Trainer, checkpoints: CheckpointManager) -> None:
+    """Load the checkpoint that `options.resume` asks for, if any, and report it and the options that have changed."""
+    if options.resume == "never":
+        if any(checkpoints.folder.glob("step-*")):
+            raise UserError(f"{options.out} holds checkpoints of an earlier run: choose another --out, or resume it.")
+        return
+    path = None if options.resume == "auto" else Path(options.resume).expanduser()
+    saved = checkpoints.newest() if path is None else checkpoints.open(path)
+    own = any(checkpoints.folder.glob("step-*"))
+    if path is not None and own and path.resolve().parent != checkpoints.folder.resolve():
+        raise UserError(
+            f"{options.out} holds checkpoints of its own beside those of {path.parent}: give --resume auto to go on"
+            " with them, or choose another --out."
+        )
+    changed = [] if saved is None else trainer.resume(checkpoints, saved)
+    checkpoints.retire(trainer.step_number)
+    if saved is not None and trainer.strategy.is_first:
+        score = "" if saved.score is None else f", validation loss {saved.score:.4f}"
+        print(f"resuming from {saved.path}: step {saved.step} of {trainer.steps}{score}", file=sys.stderr)
+        if changed:
+            print(f"changed since that checkpoint: {'; '.join(changed)}", file=sys.stderr)
