@@ -26,10 +26,7 @@ def run(options: TrainOptions) -> int:
     from puna.train.build import check, claim
 
     check(options)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    strategy = ParallelStrategy.start(MeshOptions(**asdict(options.mesh)), device)
+    strategy = ParallelStrategy.start(MeshOptions(**asdict(options.mesh)), options.device)
     try:
         with strategy.watch_ranks(), claim(options.out, strategy):
             return _train(options, strategy)
