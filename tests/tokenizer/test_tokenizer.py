@@ -188,7 +188,7 @@ def test_llama3_has_the_hash_that_llama_cpp_knows(shared_data):
 def test_smollm2(smollm2):
     tokenizer = Tokenizer.from_gguf(fields_of(smollm2))
     assert [tokenizer.token(i) for i in tokenizer.encode("it's 42")] == ["it", "'s", "Ġ", "4", "2"]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (1, 2, False, (2,))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (1, 2, False, (2, 0))
     assert tokenizer.vocab_size == 49152
     assert tokenizer.to_gguf()["tokenizer.ggml.pre"] == "smollm"
     assert probe_hash(tokenizer) == "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249"

@@ -125,7 +125,7 @@ def pre_name(backend: tokenizers.Tokenizer) -> str | None:
     if not names and found and found[-1] == DIGIT and not _joins_digits(backend):
         # DeepSeek LLM's own file takes digits one by one, llama.cpp all in a row: the same where no token joins two.
         names = [name for name, expected in PRE.items() if expected == (*found[:-1], DIGITS)]
-    names = [name for name in names if normalizers <= ({"NFC"} if name in NFC else set())]
+    names = [name for name in names if normalizers == ({"NFC"} if name in NFC else set())]
     exact = [name for name in names if (name in IGNORE_MERGES) == ignores_merges]
     if exact == names or not names:
         return names[0] if names else None

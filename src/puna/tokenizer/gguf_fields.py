@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenizers import AddedToken
+
 from puna.errors import UserError
 from puna.tokenizer import sentencepiece_model, tiktoken_bpe
 from puna.tokenizer.bpe_patterns import ADDS_BOS, NAMES, pre_name
@@ -146,6 +148,16 @@ def write_gguf(spec: TokenizerSpec) -> dict[str, Any]:
         written["tokenizer.chat_templates"] = others
         written |= {f"{TEMPLATE}.{name}": spec.templates[name] for name in others}
     return written
+
+
+def not_in_gguf(token: AddedToken, index: int) -> UserError:
+    """The error for an added token around which llama.cpp would split a text in another way."""
+    said = [name for name in ("lstrip", "rstrip", "single_word", "normalized") if getattr(token, name)]
+    reason = f"has {' and '.join(said)}" if said else "has its own rule for the spaces around it"
+    return UserError(
+        f"The added token {token.content!r} (id {index}) {reason}, for which GGUF has no field, so llama.cpp would "
+        "tokenise the text around it differently; keep the checkpoint in the Hugging Face layout."
+    )
 
 
 def _write_bpe(spec: TokenizerSpec, pairs: list[tuple[str, ...]]) -> dict[str, Any]:

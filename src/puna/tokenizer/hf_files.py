@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 
 from puna.errors import UserError
 from puna.files import write_bytes
+from puna.tokenizer.panics import panics_refused
 from puna.tokenizer.sentencepiece_model import read_spm
 from puna.tokenizer.spec import (
     TokenizerSpec,
@@ -50,7 +51,8 @@ def read_model(path: Path, config: dict[str, Any] | None = None) -> TokenizerSpe
 def read_directory(folder: Path) -> TokenizerSpec:
     """Read a tokenizer from a directory with tokenizer.json, or with tokenizer.model alone."""
     try:
-        return _read(folder, read_json(folder / "tokenizer_config.json"))
+        with panics_refused(hush=True):
+            return _read(folder, read_json(folder / "tokenizer_config.json"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"The tokenizer settings in {folder} are malformed ({error!r}); fetch them again.") from error
 
@@ -138,8 +140,7 @@ def _add_listed(spec: TokenizerSpec, listed: dict[int, AddedToken]) -> None:
 def _add(spec: TokenizerSpec, tokens: list[AddedToken]) -> None:
     """Register tokens with their attributes, unless the backend has them so."""
     if spec.source != "tokenizer.json":  # the normalizer is ours then and adds a space, which no file has in mind
-        for token in tokens:
-            token.normalized = False
+        tokens = [AddedToken(**{**token.__getstate__(), "normalized": False}) for token in tokens]
     known = {token.content: token for token in spec.backend.get_added_tokens_decoder().values()}
     new = [token for token in tokens if token.content not in known or not same_attributes(token, known[token.content])]
     if new:

@@ -102,6 +102,11 @@ def same_attributes(a: AddedToken, b: AddedToken) -> bool:
     return bool(a.__getstate__() == b.__getstate__())
 
 
+def probes(token: str) -> list[str]:
+    """Texts that show the attributes of an added token: in a word, with a space before or behind, at a line break."""
+    return [f"a{before}{token}{after}b" for before, after in (("", ""), (" ", ""), ("", " "), ("\n", "\n"))]
+
+
 def set_ends(spec: TokenizerSpec) -> None:
     """Make the backend itself add BOS and EOS by the rule of `spec`, for the readers of the saved tokenizer.json."""
     before = [spec.bos] if spec.add_bos and spec.bos else []

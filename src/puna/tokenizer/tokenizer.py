@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +19,13 @@ import tokenizers
 
 from puna.errors import UserError
 from puna.tokenizer import hf_files, sentencepiece_model
-from puna.tokenizer.bpe_patterns import patterns
+from puna.tokenizer.bpe_patterns import PRE, patterns
 from puna.tokenizer.builtin_templates import choose
 from puna.tokenizer.chat_template import marks_generation, render, render_spans
 from puna.tokenizer.detokenizer import Detokenizer, IncrementalDetokenizer
-from puna.tokenizer.gguf_fields import read_gguf, write_gguf
-from puna.tokenizer.spec import TokenizerSpec, state
+from puna.tokenizer.gguf_fields import not_in_gguf, read_gguf, write_gguf
+from puna.tokenizer.panics import panics_refused
+from puna.tokenizer.spec import TokenizerSpec, flatten, probes, state
 from puna.tokenizer.stop_tokens import spelled_ends
 from puna.tokenizer.tiktoken_bpe import read_tiktoken
 
@@ -92,8 +94,13 @@ class Tokenizer:
         hf_files.write_directory(self._spec, Path(directory))
 
     def to_gguf(self) -> dict[str, Any]:
-        """The `tokenizer.*` fields of a GGUF file. UserError where llama.cpp would tokenise differently."""
-        return write_gguf(self._spec)
+        """The `tokenizer.*` fields of a GGUF file. UserError names what llama.cpp would tokenise differently."""
+        fields = write_gguf(self._spec)
+        result = Tokenizer.from_gguf(fields)
+        for index, token in sorted(self._backend.get_added_tokens_decoder().items()):
+            if any(self.encode(text) != result.encode(text) for text in probes(token.content)):
+                raise not_in_gguf(token, index)
+        return fields
 
     @property
     def model_file(self) -> bytes | None:
@@ -108,11 +115,9 @@ class Tokenizer:
         The BOS is added only where the text doesn't start with it. With `special=False` the names of special tokens in
         the text, say `<|eot_id|>`, are plain text.
         """
-        backend = self._backend if special else self._plain
-        try:
+        with self._refusals():
+            backend = self._backend if special else self._plain
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeError) as error:
-            raise UserError(SURROGATE) from error
         if bos and self.bos_id is None:
             raise UserError("A BOS was asked for, but this checkpoint's tokenizer has none.")
         if (self.add_bos if bos is None else bos) and ids[:1] != [self.bos_id]:
@@ -123,18 +128,32 @@ class Tokenizer:
 
     def encode_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text, none added, and [start, end) in characters of the text for each of them."""
-        try:
-            found = (self._backend if special else self._plain).encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:
-            raise UserError(SURROGATE) from error
-        return found.ids, found.offsets
+        with self._refusals():
+            backend = self._backend if special else self._plain
+            encoding = backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many documents, none added and no special token recognised; quicker than one by one."""
+        with self._refusals():
+            return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """UserError for a text that is not Unicode, and for one that the library panics on."""
         try:
-            return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+            with panics_refused(hush=self._hush):
+                yield
         except (TypeError, UnicodeError) as error:
             raise UserError(SURROGATE) from error
+
+    @cached_property
+    def _hush(self) -> bool:
+        """Whether the regular expressions are the checkpoint's own, so that they may fail on a text."""
+        steps = flatten(self._backend.pre_tokenizer, "pretokenizers") + flatten(self._backend.normalizer, "normalizers")
+        known = {expression for expressions in PRE.values() for expression in expressions}
+        own = {step["pattern"]["Regex"] for step in steps if "Regex" in (step.get("pattern") or ())}
+        return not own <= known
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, after: Sequence[int] = ()) -> str:
         """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) have no text.
@@ -161,6 +180,12 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         """The id of a token by the vocabulary's own spelling, None when there is none."""
         return self._id(token)
+
+    @property
+    def probes(self) -> list[str]:
+        """Texts with every added token in the middle, beside a space, and at a line break, to compare tokenizers on."""
+        added = self._backend.get_added_tokens_decoder()
+        return [text for _, token in sorted(added.items()) for text in probes(token.content)]
 
     @cached_property
     def special_tokens(self) -> list[str]:
