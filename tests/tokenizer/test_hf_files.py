@@ -163,3 +163,12 @@ def test_the_number_of_added_tokens_is_bounded(spm, tmp_path, monkeypatch):
     decoder = {str(340 + i): {"content": f"<t{i}>"} for i in range(6)}
     with pytest.raises(UserError, match="6 added tokens, more than the 5"):
         write(tmp_path / "listed", spm, CONFIG | {"added_tokens_decoder": decoder})
+
+
+def test_gguf_says_that_it_cannot_hold_legacy_false(spm, tmp_path):
+    with pytest.raises(UserError, match="legacy: false"):
+        write(tmp_path / "new", spm, CONFIG | {"legacy": False}).to_gguf()
+    exact = write(tmp_path / "none", spm, CONFIG | {"legacy": False, "add_prefix_space": False})
+    assert Tokenizer.from_gguf(exact.to_gguf()).encode("a</s>b  c") == exact.encode("a</s>b  c")
+    old = write(tmp_path / "old", spm, CONFIG | {"legacy": True})
+    assert Tokenizer.from_gguf(old.to_gguf()).encode("a</s>b  c") == old.encode("a</s>b  c")

@@ -188,9 +188,13 @@ def _write_spm(spec: TokenizerSpec, pairs: list[tuple[str, ...]], tokens: list[s
             "llama.cpp has no equal of this tokenizer's text normalisation, "
             "so a GGUF of it would tokenise differently; keep the checkpoint in the Hugging Face layout."
         )
-    prefix = any(name == "Prepend" for name, _ in normalizers) or any(
-        step["prepend_scheme"] != "never" for step in metaspace
-    )
+    if any(step["prepend_scheme"] != "never" for step in metaspace):
+        raise UserError(
+            "This tokenizer puts a space at the start of a text alone (legacy: false), where llama.cpp puts one "
+            "behind every special token too, and GGUF has no field for the difference; keep the checkpoint in the "
+            "Hugging Face layout, or take llama.cpp's rule by legacy: true in tokenizer_config.json."
+        )
+    prefix = any(name == "Prepend" for name, _ in normalizers)
     if spec.scores is not None:
         scores = (spec.scores + [0.0] * len(tokens))[: len(tokens)]
     else:

@@ -130,7 +130,7 @@ def compare_tokenizers(a: Tokenizer | None, b: Tokenizer | None) -> dict[str, tu
         if of_a != of_b:
             found[what] = (of_a, of_b)
 
-    for probe in PROBES:
+    for probe in dict.fromkeys((*PROBES, *a.probes, *b.probes)):
         for special in (True, False):
             ids = [tokenizer.encode(probe, special=special) for tokenizer in (a, b)]
             same(f"ids of {probe!r}", *ids)

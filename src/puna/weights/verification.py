@@ -85,14 +85,15 @@ def bit_equal(a: Tensor, b: Tensor) -> bool:
 def _same_tokenizer(source: Tokenizer, result: Tokenizer | None) -> int:
     if result is None:
         raise VerificationError("the result has no tokenizer")
-    for text in PROBES:
+    texts = (*PROBES, *source.probes)
+    for text in texts:
         if source.encode(text) != result.encode(text):
             raise VerificationError(f"the result's tokenizer encodes {text!r} otherwise")
     if set(source.stop_ids) != set(result.stop_ids):
         raise VerificationError(f"the result's tokenizer stops at {result.stop_ids}, the source's at {source.stop_ids}")
     if source.chat_template != result.chat_template:
         raise VerificationError("the result's tokenizer has another chat template")
-    return len(PROBES)
+    return len(texts)
 
 
 def _logits(source: Checkpoint, ids: Tensor) -> Tensor:
