@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 def run(options: TrainOptions) -> int:
     """The verb. Prints where the result is; 128 + the signal's number when one ended the run before its last step."""
-    import torch
-
     from puna.parallel.mesh import MeshOptions
     from puna.parallel.strategy import ParallelStrategy
     from puna.train.build import check, claim
