@@ -10,8 +10,8 @@ from puna.model.attention import causal
 from puna.model_loader import load_model
 from puna.parallel.tp_inference import TensorParallel
 from puna.weights.adapter import read_adapter
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.merge import merge
+from puna.weights.open import open_checkpoint
 
 IDS = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(5))
 

@@ -75,7 +75,7 @@ def test_user_errors_are_one_sentence_and_exit_2(capsys, words, says):
 
 def test_a_name_of_bytes_is_printed():
     done = subprocess.run([*PUNA, "info", b"no\xff"], capture_output=True)
-    assert done.returncode == 2 and b"there is no checkpoint no\\udcff" in done.stderr
+    assert done.returncode == 2 and b"There is no checkpoint no\\udcff" in done.stderr
     code = "import sys; from puna import cli; cli._run = lambda words: print(words[0]); sys.exit(cli.main())"
     done = subprocess.run([sys.executable, "-c", code, b"no\xff"], capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"no\xff\n", b"")

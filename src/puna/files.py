@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MANIFEST = "puna.json"
 MAX_JSON = 256 << 20  # bytes; the index of the largest published model has some megabytes
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,15 +39,23 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """Opens a regular file for reading. `UserError` for a pipe or a device, on which reading might hang."""
+    """Opens a regular file for reading. `UserError` for a pipe or a device, on which reading might hang,
+    and for a Git LFS pointer."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise UserError(f"{path} is not a regular file; puna reads no pipes or devices.")
-        return os.fdopen(descriptor, "rb")
+        file = os.fdopen(descriptor, "rb")
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    if file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+        file.close()
+        raise UserError(
+            f"{path} is a Git LFS pointer in the place of the file itself: run git lfs pull in its repository, or"
+            " download the file again."
+        )
+    return file
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:

@@ -17,6 +17,12 @@ T = TypeVar("T")
 QUIET_SECONDS = 2.0
 
 
+def note(text: str) -> None:
+    """Print a sentence that the user should know on stderr, from the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+
+
 @contextmanager
 def meter(
     label: str, total: int | None = None, unit: str = "it", *, quiet: bool = False

@@ -10,15 +10,15 @@ import pytest
 from puna.cli import main
 from puna.commands.info import size, text
 from puna.model.presets import PRESETS
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
 from puna.weights.describe import describe, preset
+from puna.weights.open import open_checkpoint
 
 
-@pytest.mark.parametrize("form", ["hf", "gguf", "meta", "ranks"])
+@pytest.mark.parametrize("form", ["hf", "gguf", "meta", "presharded"])
 def test_facts_of_every_format(form, tiny_checkpoint, tmp_path, capsys):
     source = tiny_checkpoint(tie_word_embeddings=True, torch_dtype="bfloat16")
-    path = convert(source, tmp_path / "model", form, ranks=2 if form in ("meta", "ranks") else 1).path
+    path = convert(source, tmp_path / "model", form, ranks=2 if form in ("meta", "presharded") else 1).path
     assert main(["info", str(path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["format"] == form and facts["preset"] is None
@@ -32,7 +32,7 @@ def test_facts_of_every_format(form, tiny_checkpoint, tmp_path, capsys):
     assert main(["info", str(path)]) == 0
     said = capsys.readouterr().out
     for expected in (form, "384", "4 heads of 16, 2 key/value heads", "tied", "byte-level BPE (smollm)",
-                     "<|im_end|> (2)", "{% for message in messages %}", "proven equal to it"):  # fmt: skip
+                     "<|im_end|> (2)", "{% for message in messages %}", "verified against it"):  # fmt: skip
         assert expected in said
     assert max(map(len, said.splitlines())) < 250
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from puna.cli import main
 from puna.commands.verify import text
 from puna.errors import UserError
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.compare import compare, verify
 from puna.weights.convert import convert
+from puna.weights.open import open_checkpoint
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def set_keys(file: Path, **keys) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-@pytest.mark.parametrize("form, dtype", [("hf", "auto"), ("gguf", "auto"), ("meta", "auto"), ("ranks", "auto")])
+@pytest.mark.parametrize("form, dtype", [("hf", "auto"), ("gguf", "auto"), ("meta", "auto"), ("presharded", "auto")])
 def test_a_conversion_is_the_same_model(form, dtype, tiny_checkpoint, tmp_path):
     source = tiny_checkpoint(attention_bias=form != "meta")
-    convert(source, tmp_path / "to", form, dtype, ranks=2 if form in ("meta", "ranks") else 1, prove=False)
+    convert(source, tmp_path / "to", form, dtype, ranks=2 if form in ("meta", "presharded") else 1, verify=False)
     report = verify(source, tmp_path / "to")
     assert report.same and not report.rounded and not report.close
     assert report.logits.max_difference == 0 and report.logits.top1 == 1
@@ -54,7 +54,7 @@ def test_a_conversion_is_the_same_model(form, dtype, tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_is_no_difference_whichever_side_is_rounded(dtype, tiny_checkpoint, tmp_path):
     source = tiny_checkpoint()
-    convert(source, tmp_path / "to", "hf", dtype, prove=False)
+    convert(source, tmp_path / "to", "hf", dtype, verify=False)
     for report in (verify(source, tmp_path / "to"), verify(tmp_path / "to", source)):
         assert report.same and len(report.rounded) == report.tensors
         assert report.logits.max_difference == 0  # both run in the rounded numbers
@@ -62,7 +62,7 @@ def test_rounding_is_no_difference_whichever_side_is_rounded(dtype, tiny_checkpo
 
 def test_quantised_is_close_and_a_tighter_tolerance_says_otherwise(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint()
-    convert(source, tmp_path / "q8.gguf", "gguf", "q8_0", prove=False)
+    convert(source, tmp_path / "q8.gguf", "gguf", "q8_0", verify=False)
     report = verify(source, tmp_path / "q8.gguf")
     assert report.same and report.tolerance == 0.02
     assert all(0.002 < found.relative < 0.01 for found in report.close)

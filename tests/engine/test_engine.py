@@ -29,7 +29,7 @@ from puna.model.attention import causal
 from puna.model.llama import Llama
 from puna.model_loader import load_model
 from puna.tokenizer import Tokenizer
-from puna.weights.checkpoint import open_checkpoint
+from puna.weights.open import open_checkpoint
 
 CONTEXT = 96
 STOP = tuple(range(2, 40))  # ids that end a text; so many that some texts end before their longest

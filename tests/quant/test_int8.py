@@ -11,7 +11,7 @@ from puna.model.lora import LoRA
 from puna.model.presets import PRESETS
 from puna.model_loader import load_model, random_model
 from puna.quant.int8 import INT8, pack, unpack
-from puna.weights.checkpoint import open_checkpoint
+from puna.weights.open import open_checkpoint
 
 
 def quantised(out_features: int, in_features: int, dtype=torch.float64) -> tuple[Linear, torch.Tensor]:

@@ -21,8 +21,8 @@ from puna.model.linear import Linear
 from puna.model.lora import LoraOptions, add_lora, lora_tensors, saved
 from puna.model_loader import load_model
 from puna.weights.adapter import read_adapter, write_adapter
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.merge import merge, merge_adapter
+from puna.weights.open import open_checkpoint
 from puna.weights.verification import VerificationError
 
 peft = pytest.importorskip("peft")

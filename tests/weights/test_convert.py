@@ -1,4 +1,4 @@
-"""`puna convert`: any form into any other, proven, in bounded memory, whole or not at all."""
+"""`puna convert`: any format into any other, verified, in bounded memory, complete or not at all."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from puna.files import manifest_path, staged
 from puna.model.attention import causal
 from puna.model_loader import load_model
 from puna.weights import verification
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert, summary
 from puna.weights.formats import meta, safetensors_file, torch_pickle
 from puna.weights.layerwise import trace
+from puna.weights.open import open_checkpoint
 
 RESULTS = {
     "hf": ("hf", "auto", 1),
@@ -34,17 +34,17 @@ RESULTS = {
     "gguf-q8_0": ("gguf", "q8_0", 1),
     "meta": ("meta", "auto", 1),
     "meta-2": ("meta", "bfloat16", 2),
-    "ranks-4": ("ranks", "auto", 4),
+    "presharded-4": ("presharded", "auto", 4),
     "megatron": ("megatron", "auto", 1),
 }
 
 
 @pytest.mark.parametrize(("to", "dtype", "ranks"), RESULTS.values(), ids=RESULTS)
-def test_every_result_is_proven_and_becomes_hf_again(tiny_checkpoint, tmp_path, to, dtype, ranks) -> None:
+def test_every_result_is_verified_and_becomes_hf_again(tiny_checkpoint, tmp_path, to, dtype, ranks) -> None:
     folder = tiny_checkpoint(tie_word_embeddings=True)
     done = convert(folder, tmp_path / "out", to, dtype, ranks=ranks)
-    assert done.manifest["proof"]["tensors"] == 20 and done.manifest["proof"]["logits"]["tokens"] == 32
-    assert (done.manifest["proof"]["logits"]["max_difference"] == 0) == (dtype == "auto")
+    assert done.manifest["verification"]["tensors"] == 20 and done.manifest["verification"]["logits"]["tokens"] == 32
+    assert (done.manifest["verification"]["logits"]["max_difference"] == 0) == (dtype == "auto")
     convert(tmp_path / "out", tmp_path / "back")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "back"))
     assert before.keys() == after.keys()
@@ -63,16 +63,16 @@ def test_the_manifest_says_where_it_came_from(tiny_checkpoint, tmp_path) -> None
         manifest["source"]["files"]["model.safetensors"]
         == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     )
-    assert manifest["source"]["format"] == "hf" and manifest["source"]["rope_order"] == "halves"
-    assert manifest["result"]["rope_order"] == "neighbours" and manifest["result"]["dtype"] == "q8_0"
+    assert manifest["source"]["format"] == "hf" and manifest["source"]["rope_order"] == "rotate-half"
+    assert manifest["result"]["rope_order"] == "interleaved" and manifest["result"]["dtype"] == "q8_0"
     assert manifest["vocabulary"] == {"size": 400, "tokens": 384, "padding": 16}
     with open_checkpoint(folder) as source:
         tokenizer = source.tokenizer()
     assert manifest["tokenizer"]["chat_template_sha256"] == hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
     assert "tokenizer and every tensor, rounded to q8_0, equal" in summary(done)
     assert str(tmp_path) not in json.dumps(manifest) and manifest["source"]["name"] == folder.name
-    convert(folder, tmp_path / "cut", "ranks", ranks=2, prove=False)
-    files = convert(tmp_path / "cut/part_model", tmp_path / "merged", prove=False).manifest["source"]["files"]
+    convert(folder, tmp_path / "cut", "ranks", ranks=2, verify=False)
+    files = convert(tmp_path / "cut/part_model", tmp_path / "merged", verify=False).manifest["source"]["files"]
     assert "1/model.safetensors" in files and "../tokenizer/tokenizer.json" in files
 
 
@@ -124,10 +124,10 @@ def test_logits_catch_what_tensors_do_not_show(tiny_checkpoint) -> None:
     import dataclasses
 
     with open_checkpoint(tiny_checkpoint()) as source, open_checkpoint(tiny_checkpoint()) as other:
-        assert verification.prove(source, source, other)["logits"]["max_difference"] == 0
+        assert verification.verify(source, source, other)["logits"]["max_difference"] == 0
         other.config = dataclasses.replace(other.config, rope_theta=20000.0)
         with pytest.raises(verification.VerificationError, match="rope_theta is 20000.0, the source's 10000.0"):
-            verification.prove(source, source, other)
+            verification.verify(source, source, other)
         with pytest.raises(verification.VerificationError, match="logits are up to"):
             verification._same_logits(source, source, other)
 
@@ -139,7 +139,7 @@ def test_damaged_weights_are_said_so(tiny_checkpoint, tmp_path) -> None:
     save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError, match="logits that aren't finite"):
         convert(folder, tmp_path / "x")
-    convert(folder, tmp_path / "x", prove=False)
+    convert(folder, tmp_path / "x", verify=False)
     assert torch.isnan(load_file(tmp_path / "x/model.safetensors")["model.layers.1.mlp.up_proj.weight"]).sum() == 1
 
 
@@ -158,10 +158,10 @@ def test_options_that_contradict_are_refused(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
     for options, said in (
         ({"to": "gguff"}, "did you mean 'gguf'"),
-        ({"dtype": "float8"}, "no dtype 'float8'"),
-        ({"dtype": "q8_0"}, "q8_0 is a type of GGUF"),
-        ({"ranks": 2}, "isn't split over ranks"),
-        ({"max_shard": 0}, "max-shard-gb"),
+        ({"dtype": "float8"}, "no data type 'float8'"),
+        ({"dtype": "q8_0"}, "q8_0 is a data type of gguf, not of hf"),
+        ({"ranks": 2}, "--ranks is an option of presharded and meta, not of"),
+        ({"max_shard_gb": 0}, "max-shard-gb"),
     ):
         with pytest.raises(UserError, match=said):
             convert(folder, tmp_path / "x", **options)
@@ -178,17 +178,17 @@ def test_only_what_puna_wrote_is_replaced(tiny_checkpoint, tmp_path) -> None:
     folder, other = tiny_checkpoint(), tiny_checkpoint(seed=1)
     for to in ("hf", "gguf"):
         dst = tmp_path / to
-        convert(folder, dst, to, prove=False)
+        convert(folder, dst, to, verify=False)
         with pytest.raises(UserError, match="exists already"):
-            convert(other, dst, to, prove=False)
-        convert(other, dst, to, prove=False, overwrite=True)
+            convert(other, dst, to, verify=False)
+        convert(other, dst, to, verify=False, overwrite=True)
         with open_checkpoint(other) as want, open_checkpoint(dst) as have:
             assert torch.equal(want.read("model.norm.weight"), have.read("model.norm.weight"))
     (tmp_path / "mine").mkdir()
-    convert(folder, tmp_path / "mine", prove=False)  # an empty directory is as good as none
+    convert(folder, tmp_path / "mine", verify=False)  # an empty directory is as good as none
     (tmp_path / "mine/puna.json").unlink()
     with pytest.raises(UserError, match="remove it yourself"):
-        convert(folder, tmp_path / "mine", prove=False, overwrite=True)
+        convert(folder, tmp_path / "mine", verify=False, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "gguf", "gguf.puna.json", "mine"}
 
 
@@ -198,7 +198,7 @@ FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(
 @pytest.mark.parametrize("error", FAILURES)
 def test_a_failed_conversion_leaves_what_was_there(tiny_checkpoint, tmp_path, monkeypatch, error) -> None:
     folder = tiny_checkpoint()
-    convert(folder, tmp_path / "out", prove=False)
+    convert(folder, tmp_path / "out", verify=False)
     before = (tmp_path / "out/model.safetensors").read_bytes()
     write = safetensors_file.write_file
 
@@ -209,7 +209,7 @@ def test_a_failed_conversion_leaves_what_was_there(tiny_checkpoint, tmp_path, mo
     monkeypatch.setattr(safetensors_file, "write_file", fail)
     kind = UserError if isinstance(error, OSError) else type(error)
     with pytest.raises(kind, match="disk .* is full, nothing was written" if kind is UserError else "x"):
-        convert(tiny_checkpoint(seed=1), tmp_path / "out", overwrite=True, max_shard=60_000)
+        convert(tiny_checkpoint(seed=1), tmp_path / "out", overwrite=True, max_shard_gb=6e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
 
@@ -223,7 +223,7 @@ def test_a_full_disk_is_recognised_through_torch_save() -> None:
 def test_a_disk_that_is_too_small_is_said_before(tiny_checkpoint, tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free space"):
         convert(tiny_checkpoint(), tmp_path / "deep/x")
     assert not list(tmp_path.iterdir())
 
@@ -271,8 +271,8 @@ def test_the_command_line(tiny_checkpoint, tmp_path, capsys) -> None:
     assert "rounded to bfloat16, equal the source's bit for bit" in said.err
     assert cli.main(["convert", folder, out, "--to", "hf"]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert cli.main(["convert", folder, out, "--to", "meta", "--overwrite", "--no-proof", "--ranks", "2"]) == 0
-    assert "not proven" in capsys.readouterr().err
+    assert cli.main(["convert", folder, out, "--to", "meta", "--overwrite", "--no-verify", "--ranks", "2"]) == 0
+    assert "not verified" in capsys.readouterr().err
 
 
 # Conversions in a process of their own: memory, and death at any moment

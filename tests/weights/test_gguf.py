@@ -20,12 +20,13 @@ from puna.model import attention
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.tokenizer import Tokenizer
-from puna.weights.checkpoint import Checkpoint, TensorInfo, check_tensors, open_checkpoint
+from puna.weights.checkpoint import Checkpoint, TensorInfo, check_tensors
 from puna.weights.formats.gguf.container import read_gguf, write_file
 from puna.weights.formats.gguf.names import gguf_name, hf_name, metadata_from
 from puna.weights.formats.gguf.reader import open_gguf
 from puna.weights.formats.gguf.writer import write_gguf
 from puna.weights.formats.hf import open_hf
+from puna.weights.open import open_checkpoint
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
@@ -57,18 +58,10 @@ def tiny_config(**keys) -> ModelConfig:
                            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8} | keys))  # fmt: skip
 
 
-class Words:
-    """As much of a tokenizer as a file needs."""
-
-    def to_gguf(self) -> dict:
-        return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
-                "tokenizer.ggml.tokens": ["a", "b", "<e>"], "tokenizer.ggml.token_type": [1, 1, 3],
-                "tokenizer.ggml.merges": ["a b"],
-                "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 1,
-                "tokenizer.ggml.add_bos_token": False}  # fmt: skip
-
-    def check_fits(self, vocab_size: int) -> None:
-        assert vocab_size >= 3
+WORDS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+         "tokenizer.ggml.tokens": ["a", "b", "ab", "<e>"], "tokenizer.ggml.token_type": [1, 1, 1, 3],
+         "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 3,
+         "tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.add_bos_token": False}  # fmt: skip
 
 
 def in_memory(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Checkpoint:
@@ -79,7 +72,7 @@ def in_memory(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int
         path=Path("somewhere/tiny"), format="hf", config=config, hf_config={}, generation={}, files=[], details={},
         tensors={name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
         reader=lambda name, index: tensors[name] if index is None else tensors[name][index],
-        load_tokenizer=Words,
+        load_tokenizer=lambda: Tokenizer.from_gguf(WORDS),
     )  # fmt: skip
 
 
@@ -130,20 +123,18 @@ def test_norms_keep_float32_where_half_would_lose(tmp_path):
     assert back.read("model.layers.0.input_layernorm.weight").dtype == torch.bfloat16
 
 
-def test_vocabulary_is_padded_to_the_embedding_and_unpadded_again(tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.setattr("puna.tokenizer.Tokenizer.from_gguf", lambda fields: given.update(fields), raising=False)
+def test_vocabulary_is_padded_to_the_embedding_and_unpadded_again(tmp_path):
     path = written(in_memory(tiny_config()), tmp_path)
-    assert read_gguf(path).metadata["tokenizer.ggml.tokens"][2:5] == ["<e>", "[PAD3]", "[PAD4]"]
+    assert read_gguf(path).metadata["tokenizer.ggml.tokens"][3:6] == ["<e>", "[PAD4]", "[PAD5]"]
     assert len(read_gguf(path).metadata["tokenizer.ggml.token_type"]) == 40
-    open_gguf(path).tokenizer()
-    assert given["tokenizer.ggml.tokens"] == ["a", "b", "<e>"] and given["tokenizer.ggml.token_type"] == [1, 1, 3]
+    tokenizer = open_gguf(path).tokenizer()
+    assert tokenizer.vocab_size == 4 and tokenizer.token(3) == "<e>"
 
 
 def test_end_tokens_become_a_list(tmp_path):
     source = open_gguf(written(in_memory(tiny_config()), tmp_path))
-    assert source.generation == {"bos_token_id": 0, "eos_token_id": [2, 1]}
-    assert source.hf_config["eos_token_id"] == [2, 1]
+    assert source.generation == {"bos_token_id": 0, "eos_token_id": [3, 1]}
+    assert source.hf_config["eos_token_id"] == [3, 1]
 
 
 # --- what others find in our files ------------------------------------------------------------------------------------
@@ -314,10 +305,10 @@ def edited(tmp_path: Path, **changes) -> Path:
     ({"general__architecture": "qwen2"}, "architecture .qwen2., which puna doesn't implement"),
     ({"llama__expert_count": 8}, "llama.expert_count = 8"),
     ({"llama__attention__head_count": None}, "lacks llama.attention.head_count"),
-    ({"llama__attention__head_count": [4]}, "for each layer"),
-    ({"llama__attention__layer_norm_rms_epsilon": float("nan")}, "impossible llama.attention.layer_norm_rms_epsilon"),
+    ({"llama__attention__head_count": [4]}, "per layer"),
+    ({"llama__attention__layer_norm_rms_epsilon": float("nan")}, "rms_epsilon = nan, which must be"),
     ({"llama__rope__dimension_count": 4}, "rope.dimension_count = 4"),
-    ({"llama__rope__scaling__type": "longrope"}, "rope scaling .longrope."),
+    ({"llama__rope__scaling__type": "longrope"}, "RoPE scaling .longrope."),
     ({"llama__embedding_length": 48}, "doesn't fit its config"),
     ({"llama__block_count": 2**32 - 1}, "4,294,967,295 layers and holds 12 tensors"),
     ({"llama__block_count": 2}, "is missing model.layers.1."),
@@ -370,7 +361,7 @@ def test_damaged_headers_are_refused_or_read_never_crash(tmp_path):
 
 
 @pytest.mark.parametrize("source, dtype, said", [
-    (in_memory(tiny_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})), None, "dynamic rope scaling"),
+    (in_memory(tiny_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})), None, "dynamic RoPE scaling"),
     (in_memory(tiny_config(rope_scaling={"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5})), None,
      "attention_factor of yarn"),
     (in_memory(tiny_config(), torch.float64), None, "in torch.float64"),

@@ -18,9 +18,10 @@ from puna.errors import UserError
 from puna.files import map_file
 from puna.model.attention import causal
 from puna.model_loader import load_model
-from puna.weights.checkpoint import TensorInfo, open_checkpoint
+from puna.weights.checkpoint import TensorInfo
 from puna.weights.formats import safetensors_file
-from puna.weights.formats.hf import write_hf
+from puna.weights.formats.hf import HFOptions, write_hf
+from puna.weights.open import open_checkpoint
 
 CONFIGS = {
     "gqa": {},
@@ -79,7 +80,7 @@ def test_transformers_reads_what_we_write(tiny_checkpoint, tmp_path, config, max
 
     folder, ids = tiny_checkpoint(**config), torch.randint(384, (2, 12))
     with open_checkpoint(folder) as source:
-        write_hf(source, tmp_path / "out", max_shard=max_shard)
+        write_hf(source, tmp_path / "out", options=HFOptions(max_shard / 1e9))
     assert_holds(tmp_path / "out", state_of(folder))
     assert torch.equal(their_logits(tmp_path / "out", ids), their_logits(folder, ids))
     text = "The puna is high. 42 llamas, señor!"
@@ -214,7 +215,7 @@ def test_the_index_is_not_trusted(tiny_checkpoint, tmp_path) -> None:
     assert_holds(tmp_path, state)
     for outside in ("../model.safetensors", "/etc/passwd", str(folder / "model.safetensors"), "config.json"):
         say(outside)
-        with pytest.raises(UserError, match="no weight file of this directory"):
+        with pytest.raises(UserError, match="not a weight file of this directory"):
             open_checkpoint(tmp_path)
     say("model-00002-of-00002.safetensors")
     with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
@@ -289,7 +290,7 @@ BAD_HEADERS = {
 @pytest.mark.parametrize("content", BAD_HEADERS.values(), ids=BAD_HEADERS)
 def test_an_impossible_safetensors_header_is_refused(tmp_path, content) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="x.safetensors is"):
+    with pytest.raises(UserError, match="x.safetensors is|as F3, a data type"):
         safetensors_file.open_file(tmp_path / "x.safetensors")
 
 

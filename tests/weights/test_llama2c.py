@@ -14,8 +14,8 @@ from puna.errors import UserError
 from puna.model.attention import causal
 from puna.model.config import ModelConfig
 from puna.model_loader import load_model
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
+from puna.weights.open import open_checkpoint
 
 SHAPES = {"gqa": {}, "mha": {"num_key_value_heads": 4}, "tied": {"tie_word_embeddings": True}}
 
@@ -85,7 +85,7 @@ def test_damaged_and_quantised_files_are_refused(tiny_checkpoint, tmp_path, vers
         open_checkpoint(file)
     for other in (b"", b"hello", bytes(1000), struct.pack("<7i", 64, 96, 2, 3, 2, 100, 10) + bytes(100)):
         file.write_bytes(other)
-        with pytest.raises(UserError, match="no checkpoint that puna reads"):
+        with pytest.raises(UserError, match="not a checkpoint in a format that puna reads"):
             open_checkpoint(file)
 
 

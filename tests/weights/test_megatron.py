@@ -27,8 +27,8 @@ from puna.errors import UserError
 from puna.files import read_json
 from puna.model.attention import causal
 from puna.model_loader import load_model
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
+from puna.weights.open import open_checkpoint
 
 GQA = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
 
@@ -154,7 +154,9 @@ MODELS = {
 def test_there_and_elsewhere_and_back_is_the_same_to_the_bit(model, names, tiny_checkpoint, tmp_path):
     source = tiny_checkpoint(**MODELS[model])
     convert(source, tmp_path / "2x2", "megatron", tp=2, pp=2, names=names)
-    done = convert(tmp_path / "2x2", tmp_path / "4x1", "megatron", tp=4, pp=1, names=names, vocab_multiple=32)
+    done = convert(
+        tmp_path / "2x2", tmp_path / "4x1", "megatron", tp=4, pp=1, names=names, make_vocab_size_divisible_by=32
+    )
     assert done.manifest["result"]["details"] == {
         "tp": 4,
         "pp": 1,
@@ -188,7 +190,7 @@ def test_padding_repeats_the_last_rows(tiny_checkpoint, tmp_path):
     found, embedding = files(tmp_path / "mg"), weights(source)["model.embed_tokens.weight"]
     parts = [found[f"mp_rank_{rank:02d}/language_model/embedding/word_embeddings/weight"] for rank in range(2)]
     assert torch.equal(torch.cat(parts), torch.cat([embedding, embedding[-125:]]))  # to 512, as 2 x 128 divides it
-    convert(source, tmp_path / "wide", "megatron", tp=2, vocab_multiple=1000)
+    convert(source, tmp_path / "wide", "megatron", tp=2, make_vocab_size_divisible_by=1000)
     parts = [files(tmp_path / "wide")[f"mp_rank_{rank:02d}/language_model/output_layer/weight"] for rank in range(2)]
     assert all(len(part) == 1000 for part in parts) and all(part.isfinite().all() for part in parts)
 
@@ -301,7 +303,7 @@ def test_a_file_that_could_run_code_is_refused_and_not_run(call, named, tiny_che
         state = torch.load(file)
     state["args"].hook = Code(call)
     torch.save(state, file)
-    with pytest.raises(UserError, match=f"{named}, which is none of Megatron's and could run code"):
+    with pytest.raises(UserError, match=f"{named}, not only for tensors, and could run code; puna reads"):
         open_checkpoint(tmp_path / "mg")
     assert "hello" not in capfd.readouterr().out
 
@@ -343,7 +345,7 @@ BAD = {
     "has no mp_rank_00": remove("release/*"),
     "mp_rank_01_001 lacks model_optim_rng.pt": lambda mg: (mg / FILE).unlink(),
     "cut off or damaged": lambda mg: (mg / FILE).write_bytes((mg / FILE).read_bytes()[:-500]),
-    "damaged or no file of torch.save": lambda mg: (mg / FILE).write_bytes(b"PK"),
+    "damaged or not a file of torch.save": lambda mg: (mg / FILE).write_bytes(b"PK"),
     "lacks iter_0000300": lambda mg: (mg / TRACKER).write_text("300"),
     "neither 'release' nor the number": lambda mg: (mg / TRACKER).write_text("../x"),
     "is of a model of experts": lambda mg: (mg / LAST).rename(mg / f"{LAST}_000"),
@@ -383,13 +385,13 @@ def test_ranks_of_another_size_without_arguments(tiny_checkpoint, tmp_path):
     [
         ({"tp": 3}, "4 key/value heads can't be cut for 3 .*choose one of 1, 2, 4"),
         ({"tp": 8}, "4 key/value heads can't be cut for 8"),
-        ({"tp": 0}, "choose one of 1, 2, 4"),
-        ({"pp": 3}, "4 layers can't be cut into 3 stages of a pipeline: choose one of 1, 2, 4"),
+        ({"tp": 0}, "--tp must be at least 1"),
+        ({"pp": 3}, "4 layers can't be split into 3 pipeline stages: choose one of 1, 2, 4"),
         ({"names": "cor"}, "only ascendspeed, legacy, core, did you mean 'core'"),
-        ({"vocab_multiple": 0}, "divisible by a number above 0"),
-        ({"to": "hf", "tp": 2}, "choose --to megatron"),
-        ({"dtype": "q8_0"}, "q8_0 is a type of GGUF"),
-        ({"ranks": 2}, "isn't split over ranks"),
+        ({"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by must be at least 1"),
+        ({"to": "hf", "tp": 2}, "--tp is an option of megatron, not of hf"),
+        ({"dtype": "q8_0"}, "q8_0 is a data type of gguf, not of megatron"),
+        ({"ranks": 2}, "--ranks is an option of presharded and meta, not of megatron"),
     ],
 )
 def test_a_cut_that_does_not_divide_is_refused_with_those_that_do(options, said, tiny_checkpoint, tmp_path):

@@ -16,10 +16,11 @@ from puna.model.attention import causal
 from puna.model.config import ModelConfig
 from puna.model.presets import PRESETS
 from puna.model_loader import load_model
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
 from puna.weights.formats.meta import write_meta
 from puna.weights.formats.meta_params import config_from, params_from
+from puna.weights.formats.presharded import ShardOptions
+from puna.weights.open import open_checkpoint
 from puna.weights.rope_permute import permute, unpermute
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "multiple_of": 32,
@@ -118,9 +119,9 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_hf_to_meta_to_hf_is_bit_equal(tiny_checkpoint, tmp_path, shape, shards) -> None:
     folder = tiny_checkpoint(**shape, rope_theta=500000.0)
-    convert(folder, tmp_path / "meta", "meta", ranks=shards, prove=False)
+    convert(folder, tmp_path / "meta", "meta", ranks=shards, verify=False)
     assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == shards
-    convert(tmp_path / "meta", tmp_path / "back", "hf", prove=False)
+    convert(tmp_path / "meta", tmp_path / "back", "hf", verify=False)
     assert_holds(tmp_path / "back", state_of(folder))
     with open_checkpoint(folder) as before, open_checkpoint(tmp_path / "back") as after:
         assert before.hf_config == after.hf_config
@@ -132,7 +133,7 @@ def test_writes_what_metas_code_loads(tiny_checkpoint, tmp_path) -> None:
     expected = state_of(folder) | {"lm_head.weight": state_of(folder)["model.embed_tokens.weight"]}
     as_meta(expected, tmp_path / "theirs", 2)
     with open_checkpoint(folder) as source:
-        write_meta(source, tmp_path / "ours", shards=2)
+        write_meta(source, tmp_path / "ours", options=ShardOptions(2))
     for file in ("consolidated.00.pth", "consolidated.01.pth"):
         theirs, ours = (torch.load(tmp_path / who / file, weights_only=True) for who in ("theirs", "ours"))
         theirs.pop("rope.freqs")  # which Meta's code computes and doesn't load
@@ -148,7 +149,7 @@ def test_the_embedding_is_split_as_that_generations_code_wants_it(tiny_checkpoin
     for vocab, shape in ((384, (384, 32)), (128256, (64128, 64))):
         folder = tiny_checkpoint(vocab_size=vocab, num_hidden_layers=1)
         with open_checkpoint(folder) as source:
-            write_meta(source, tmp_path / str(vocab), shards=2)
+            write_meta(source, tmp_path / str(vocab), options=ShardOptions(2))
         shard = torch.load(tmp_path / str(vocab) / "consolidated.01.pth", weights_only=True)
         assert shard["tok_embeddings.weight"].shape == shape and shard["output.weight"].shape == (vocab // 2, 64)
         assert_holds(tmp_path / str(vocab), state_of(folder))
@@ -184,8 +185,8 @@ def test_the_tokenizer_file_goes_along(tiny_checkpoint, shared_data, tmp_path) -
     shutil.copy(shared_data / "tokenizers/llama2/tokenizer.model", meta)
     with open_checkpoint(meta) as source:
         assert source.tokenizer().encode("Hello") == [1, 15043]
-    convert(meta, tmp_path / "hf", "hf", prove=False)
-    convert(tmp_path / "hf", tmp_path / "back", "meta", prove=False)
+    convert(meta, tmp_path / "hf", "hf", verify=False)
+    convert(tmp_path / "hf", tmp_path / "back", "meta", verify=False)
     assert (meta / "tokenizer.model").read_bytes() == (tmp_path / "back/tokenizer.model").read_bytes()
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from puna.errors import UserError
 from puna.model.tp_plan import tp_slice
-from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
+from puna.weights.open import open_checkpoint
 
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 COLUMNS = ("o_proj", "down_proj")
@@ -70,7 +70,7 @@ def test_merges_the_older_cut(tiny_checkpoint, tmp_path, world_size, pickled) ->
     cut = chunked(folder, tmp_path / "cut", world_size, pickled=pickled)
     assert_holds(cut, state_of(folder))
     with open_checkpoint(cut / "part_model") as source:
-        assert source.format == "ranks" and source.details["ranks"] == world_size
+        assert source.format == "presharded" and source.details["ranks"] == world_size
         assert source.tokenizer().encode("Hello, llama") == open_checkpoint(folder).tokenizer().encode("Hello, llama")
 
 
@@ -78,9 +78,9 @@ def test_merges_the_older_cut(tiny_checkpoint, tmp_path, world_size, pickled) ->
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_hf_to_ranks_to_hf_is_bit_equal(tiny_checkpoint, tmp_path, shape, ranks) -> None:
     folder = tiny_checkpoint(**shape)
-    convert(folder, tmp_path / "cut", "ranks", ranks=ranks, prove=False)
+    convert(folder, tmp_path / "cut", "presharded", ranks=ranks, verify=False)
     assert_holds(tmp_path / "cut", state_of(folder))
-    convert(tmp_path / "cut", tmp_path / "back", "hf", prove=False)
+    convert(tmp_path / "cut", tmp_path / "back", "hf", verify=False)
     assert_holds(tmp_path / "back", state_of(folder))
     with open_checkpoint(folder) as before, open_checkpoint(tmp_path / "back") as after:
         assert before.hf_config == after.hf_config
@@ -89,7 +89,7 @@ def test_hf_to_ranks_to_hf_is_bit_equal(tiny_checkpoint, tmp_path, shape, ranks)
 
 def test_each_rank_holds_its_part_by_the_plan(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
-    convert(folder, tmp_path / "cut", "ranks", "bfloat16", ranks=4)
+    convert(folder, tmp_path / "cut", "presharded", "bfloat16", ranks=4)
     with open_checkpoint(folder) as source:
         for rank in range(4):
             part = tmp_path / "cut/part_model" / str(rank)
@@ -104,7 +104,7 @@ def test_end_tokens_go_along(tiny_checkpoint, tmp_path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_checkpoint(), folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7, 9], "temperature": 0.5}')
-    convert(folder, tmp_path / "cut", "ranks", ranks=2)
+    convert(folder, tmp_path / "cut", "presharded", ranks=2)
     with open_checkpoint(tmp_path / "cut") as source:
         assert source.generation == {"eos_token_id": [2, 7, 9], "temperature": 0.5}
         assert set(source.tokenizer().stop_ids) >= {2, 7, 9}
@@ -112,9 +112,9 @@ def test_end_tokens_go_along(tiny_checkpoint, tmp_path) -> None:
 
 def test_a_model_that_cannot_be_cut_so_is_refused(tiny_checkpoint, tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be split over 3 ranks; use one of 1, 2, 4"):
-        convert(tiny_checkpoint(), tmp_path / "x", "ranks", ranks=3)
-    with pytest.raises(UserError, match="0 ranks"):
-        convert(tiny_checkpoint(), tmp_path / "x", "ranks", ranks=0)
+        convert(tiny_checkpoint(), tmp_path / "x", "presharded", ranks=3)
+    with pytest.raises(UserError, match="--ranks must be at least 1"):
+        convert(tiny_checkpoint(), tmp_path / "x", "presharded", ranks=0)
     assert not list(tmp_path.iterdir())
 
 
@@ -133,7 +133,7 @@ def test_missing_ranks_and_differing_copies_are_refused(tiny_checkpoint, tmp_pat
     save_file({n: t for n, t in state.items() if "norm" not in n}, second / "model.safetensors")
     refused("rank 0 don't hold the same tensors")
     save_file(state | {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 63)}, second / "model.safetensors")
-    refused("parts of model.layers.0.mlp.up_proj.weight don't fit together")
+    refused("shards of model.layers.0.mlp.up_proj.weight don't fit together")
     save_file(state | {"model.layers.0.mlp.up_proj.weight": torch.ones(47, 64)}, second / "model.safetensors")
     refused(r"up_proj.weight has shape \[95, 64\], the config says \[96, 64\]")
     shutil.rmtree(second)

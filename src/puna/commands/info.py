@@ -27,8 +27,8 @@ class InfoOptions:
 
 def run(options: InfoOptions) -> None:
     """The verb: prints what the checkpoint is, for people or as JSON."""
-    from puna.weights.checkpoint import open_checkpoint
     from puna.weights.describe import describe
+    from puna.weights.open import open_checkpoint
 
     with open_checkpoint(options.model, revision=options.revision) as source:
         facts = describe(source)
@@ -89,8 +89,9 @@ def _manifest(manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return ""
     source = manifest.get("source") or {}
-    proven = "proven equal to it" if isinstance(manifest.get("proof"), dict) else "without proof"
-    return f"from {source.get('name')} ({source.get('format')}) by puna {manifest.get('puna')}, {proven}"
+    found = manifest.get("verification", manifest.get("proof"))  # its former name
+    verified = "verified against it" if isinstance(found, dict) else "not verified"
+    return f"from {source.get('name')} ({source.get('format')}) by puna {manifest.get('puna')}, {verified}"
 
 
 def size(nbytes: float) -> str:

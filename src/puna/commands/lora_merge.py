@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from puna.options import CHECKPOINT, argument, option
+from puna.weights.formats.registry import DTYPE, TO, WriteOptions, chosen
 
 
 @dataclass(kw_only=True)
-class LoraMergeOptions:
+class LoraMergeOptions(WriteOptions):
     """Merge a LoRA adapter into its model and verify the result against model and adapter.
 
-    Sums are in float32 and rounded once, to the type that is written; how far that moves the logits is said. An adapter
-    needs no merging to be used: puna chat, generate and bench take --adapter.
+    Sums are in float32 and rounded once, to the type that is written; how far that moves the logits is reported. An
+    adapter needs no merging to be used: puna chat, generate and bench take --adapter.
 
     Examples:
       puna lora merge smollm2-135m-instruct ./adapter ./merged
@@ -25,17 +25,15 @@ class LoraMergeOptions:
     model: str = argument(CHECKPOINT)
     adapter: Path = argument("directory of an adapter in peft's layout: adapter_config.json, adapter_model.safetensors")
     dst: Path = argument("what to write: a directory, or for gguf a file")
-    to: Literal["hf", "gguf", "meta", "ranks"] = option("hf", "format to write")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = option(
-        "auto", "data type to write; auto is the one that the model is stored in; q8_0 for gguf only"
-    )
+    to: str = option("hf", TO)
+    dtype: str = option("auto", f"{DTYPE}; auto is the one that the model is stored in")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     overwrite: bool = option(False, "replace DST, if puna wrote it")
-    proof: bool = option(True, "leave out the comparison of the result with model and adapter")
+    verify: bool = option(True, "leave out the comparison of the result with model and adapter")
 
 
 def run(options: LoraMergeOptions) -> int:
-    """The verb: merges, and says on stderr what it did; on stdout stands the path."""
+    """Merges; prints a summary on stderr and the path on stdout."""
     from puna.weights.convert import summary
     from puna.weights.merge import merge_adapter
 
@@ -47,15 +45,16 @@ def run(options: LoraMergeOptions) -> int:
         options.dtype,
         revision=options.revision,
         overwrite=options.overwrite,
-        prove=options.proof,
+        verify=options.verify,
+        **chosen(options),
     )
-    said = done.manifest["adapter"]
+    adapter = done.manifest["adapter"]
     print(summary(done), file=sys.stderr)
-    line = f"merged: an adapter of rank {said['rank']} into {said['layers']} layers"
-    if said["replaced"]:
-        line += f", {len(said['replaced'])} tensors replaced"
-    if said["difference"] is not None:
-        line += f"; before rounding its logits are within {said['difference']:.1g} of the unmerged adapter's"
+    line = f"merged: an adapter of rank {adapter['rank']} into {adapter['layers']} layers"
+    if adapter["replaced"]:
+        line += f", {len(adapter['replaced'])} tensors replaced"
+    if adapter["difference"] is not None:
+        line += f"; before rounding its logits are within {adapter['difference']:.1g} of the unmerged adapter's"
     print(line, file=sys.stderr)
     print(done.path)
     return 0

@@ -33,7 +33,7 @@ from puna.files import sha256
 from puna.progress import meter
 from puna.tokenizer import Tokenizer
 from puna.weights import hub
-from puna.weights.checkpoint import open_checkpoint
+from puna.weights.open import open_checkpoint
 
 SMALL = 4 << 20  # bytes of input that are done sooner than a worker starts
 PROBED = 100  # rows that are tried before the work begins

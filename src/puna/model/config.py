@@ -195,13 +195,23 @@ class ModelConfig:
 
 
 def end_ids(settings: Mapping[str, Any], vocab_size: int, name: str) -> tuple[int, ...]:
-    """`eos_token_id` of a config.json or generation_config.json, one or a list. UserError for what is no token id."""
+    """`eos_token_id` of a config.json or generation_config.json, one or a list. UserError for what isn't a token id."""
     value = settings.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for index in ids:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < vocab_size:
             raise UserError(f"{name}: eos_token_id must be ids below vocab_size {vocab_size}, not {index!r}.")
     return tuple(ids)
+
+
+def check_token_ids(settings: Mapping[str, Any], vocab_size: int, name: str) -> None:
+    """Raises UserError, naming the file `name`, for values of a config.json or generation_config.json that aren't token
+    ids. BOS and padding ids may lie outside the vocabulary: published models have -1, or the next free id."""
+    end_ids(settings, vocab_size, name)
+    for key in ("bos_token_id", "pad_token_id"):
+        index = settings.get(key)
+        if index is not None and (not isinstance(index, int) or isinstance(index, bool) or not -1 <= index < 1 << 31):
+            raise UserError(f"{name}: {key} must be a token id, not {index!r}.")
 
 
 def _check_count(key: str, value: Any) -> None:

@@ -31,7 +31,8 @@ from puna.train.run_folder import check_folder, lock
 from puna.train.save_model import Origin
 from puna.train.schedule import check_schedule
 from puna.train.trainer import Trainer
-from puna.weights.checkpoint import Checkpoint, open_checkpoint
+from puna.weights.checkpoint import Checkpoint
+from puna.weights.open import open_checkpoint
 
 # precision -> type of trained weights, type of products where it is another
 TYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

@@ -1,39 +1,29 @@
-"""One face for a checkpoint of any format: Hugging Face names, rotate-half RoPE order, one tensor at a time.
+"""The interface to a checkpoint of any format: Hugging Face names, rotate-half RoPE order, one tensor at a time.
 
-A format module (hf, meta, ranks, megatron, gguf, llama2c) has `detect(path) -> bool` and `open_<format>(path) ->
-Checkpoint`. Whoever reads weights holds a `Checkpoint` and never learns which file a tensor came from.
+Whoever reads weights holds a `Checkpoint` and never learns which file a tensor came from. Importing this module imports
+no torch, so that the formats can be listed in help texts at once.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from puna.errors import UserError
-from puna.weights import hub
 
 if TYPE_CHECKING:
+    import torch
+
     from puna.model.config import ModelConfig
     from puna.tokenizer import Tokenizer
 
-FORMATS = {  # asked in this order
-    "hf": "hf",
-    "ranks": "presharded",
-    "megatron": "megatron.checkpoint",
-    "meta": "meta",
-    "gguf": "gguf.reader",
-    "llama2c": "llama2c",
-}
-
 Index = tuple[slice, ...]
-Reader = Callable[[str, Index | None], torch.Tensor]
+Reader = Callable[[str, Index | None], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass
@@ -74,7 +64,7 @@ class Checkpoint:
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
         """The tensor on the CPU, or `tensor[index]` of it. May be a view of a mapped file: don't write into it."""
         if name not in self.tensors:
-            raise UserError(f"{self.path} has no tensor {name}")
+            raise UserError(f"{self.path} has no tensor {name}.")
         return self.reader(name, index)
 
     def tokenizer(self) -> Tokenizer | None:
@@ -82,7 +72,7 @@ class Checkpoint:
         return self.load_tokenizer()
 
     def close(self) -> None:
-        """Lets go of the mapped files; what was read stays."""
+        """Releases the mapped files; tensors that were read stay valid."""
         self.reader = _closed
 
     def __enter__(self) -> Checkpoint:
@@ -94,28 +84,6 @@ class Checkpoint:
 
 def _closed(name: str, index: Index | None) -> torch.Tensor:
     raise ValueError(f"{name} is read from a checkpoint that was closed")
-
-
-def open_checkpoint(ref: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Opens a checkpoint by path, Hub id or alias, in whatever format it is, and checks its tensors.
-
-    Raises `UserError` when there is no such checkpoint, its format isn't known, it isn't a LLaMA, or a tensor is
-    missing, unmapped or misshapen.
-    """
-    path = hub.resolve(ref, revision)
-    for name, place in FORMATS.items():
-        module = importlib.import_module(f"puna.weights.formats.{place}")
-        if module.detect(path):
-            source: Checkpoint = getattr(module, f"open_{name}")(path)
-            check_tensors(source)
-            return source
-    if (path / "config.json").exists():
-        raise UserError(f"{path} has a config.json and no weights that puna reads: no .safetensors or .bin files")
-    raise UserError(
-        f"{path} is no checkpoint that puna reads: that is a directory with config.json and safetensors or .bin"
-        " weights, consolidated.*.pth with params.json, part_model/0 and on, Megatron's mp_rank_00 and on, a .gguf or a"
-        " llama2.c .bin file"
-    )
 
 
 def check_tensors(source: Checkpoint) -> None:
@@ -138,7 +106,9 @@ def check_tensors(source: Checkpoint) -> None:
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` in `dtype`; `UserError` when it holds values that float16 has no number for."""
+    """`tensor` in `dtype`; `UserError` when it holds values beyond float16's range."""
+    import torch
+
     if dtype == torch.float16 != tensor.dtype and tensor.numel():
         low, high = torch.aminmax(tensor)
         if max(-low.item(), high.item()) > torch.finfo(dtype).max:
@@ -154,6 +124,8 @@ def in_model_order(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> di
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     """The dtype that most bytes are in, as config.json's `torch_dtype` spells it."""
+    import torch
+
     sizes: Counter[torch.dtype] = Counter()
     for info in tensors.values():
         sizes[info.dtype] += info.nbytes

@@ -19,9 +19,11 @@ from torch import Tensor
 from puna.errors import UserError
 from puna.progress import meter
 from puna.tokenizer import Tokenizer
-from puna.weights.checkpoint import Checkpoint, open_checkpoint
+from puna.weights.checkpoint import Checkpoint
+from puna.weights.formats import registry
 from puna.weights.layerwise import trace
-from puna.weights.verification import PROBES, as_stored, bit_equal
+from puna.weights.open import open_checkpoint
+from puna.weights.verification import PROBES, as_stored, bit_equal, probes_of_added_tokens
 
 QUANTISED_TOLERANCE = 0.02  # Q8_0 is within 0.01 of its source, 4-bit types are around 0.08
 CHUNK = 1 << 21  # elements compared at a time, in float64
@@ -106,7 +108,7 @@ def compare(a: Checkpoint, b: Checkpoint, tolerance: float | None = None, *, log
     if tokenizers == (None, None):
         report.skipped["tokenizer"] = "neither has one"
     else:
-        report.tokenizer = compare_tokenizers(*tokenizers)
+        report.tokenizer = compare_tokenizers(*tokenizers, more_stops=_more_stops(a) or _more_stops(b))
     if not logits:
         report.skipped["logits"] = "not asked for"
     elif report.only_a or report.only_b or report.shapes:
@@ -120,8 +122,18 @@ def quantised(source: Checkpoint) -> bool:
     return bool(source.details.get("quantised"))
 
 
-def compare_tokenizers(a: Tokenizer | None, b: Tokenizer | None) -> dict[str, tuple[Any, Any]]:
-    """What differs: ids of probe texts, the texts back, BOS and end tokens, the template and what it renders."""
+def _more_stops(checkpoint: Checkpoint) -> bool:
+    return registry.find(checkpoint.format).more_stops
+
+
+def compare_tokenizers(
+    a: Tokenizer | None, b: Tokenizer | None, *, more_stops: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """What differs: ids of probe texts, the texts back, BOS and end tokens, the template and what it renders.
+
+    `more_stops`: end tokens that only one of them has count as the same if one's are among the other's, since readers
+    of one format find them by their spelling.
+    """
     if a is None or b is None:
         return {"tokenizer": (None if a is None else "present", None if b is None else "present")}
     found = {}
@@ -130,14 +142,16 @@ def compare_tokenizers(a: Tokenizer | None, b: Tokenizer | None) -> dict[str, tu
         if of_a != of_b:
             found[what] = (of_a, of_b)
 
-    for probe in dict.fromkeys((*PROBES, *a.probes, *b.probes)):
+    for probe in (*PROBES, *probes_of_added_tokens(a)):
         for special in (True, False):
             ids = [tokenizer.encode(probe, special=special) for tokenizer in (a, b)]
             same(f"ids of {probe!r}", *ids)
         same(f"text of the ids of {probe!r}", a.decode(ids[0]), b.decode(ids[0]))
     for name in ("bos_id", "eos_id", "add_bos", "add_eos"):
         same(name, getattr(a, name), getattr(b, name))
-    same("stop_ids", sorted(a.stop_ids), sorted(b.stop_ids))
+    stops = set(a.stop_ids), set(b.stop_ids)
+    if not (more_stops and (stops[0] <= stops[1] or stops[1] <= stops[0])):
+        same("stop_ids", *map(sorted, stops))
     same("chat_template", a.chat_template, b.chat_template)
     if a.chat_template and b.chat_template:
         same("chat prompt", *(_rendered(tokenizer) for tokenizer in (a, b)))

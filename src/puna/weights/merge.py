@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from puna.model.config import ModelConfig
 from puna.progress import track
 from puna.tokenizer import Tokenizer
 from puna.weights.adapter import Adapter, attach, check_adapter, read_adapter
-from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, check_tensors, in_model_order, open_checkpoint
-from puna.weights.convert import DTYPES, Conversion, Target, write
+from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, check_tensors, in_model_order
+from puna.weights.convert import Conversion, Target, source_name, write
 from puna.weights.formats.hf import EMBEDDING, OUTPUT
 from puna.weights.layerwise import trace
+from puna.weights.open import open_checkpoint
 from puna.weights.verification import PROBE_SHAPE, VerificationError
 
 BLOCK = 256  # rows of a weight whose update is computed at once
@@ -38,29 +40,34 @@ def merge_adapter(
     *,
     revision: str | None = None,
     overwrite: bool = False,
-    prove: bool = True,
+    verify: bool = True,
+    **options: Any,
 ) -> Conversion:
     """Writes `model` with `adapter` (a directory in peft's layout) merged into it, as `weights.convert.convert` writes.
 
-    `dtype` auto is the one that the model is stored in; float32 for a quantised one. Raises `UserError` when the
-    adapter isn't one of this model, `VerificationError` when the result isn't the model with its adapter.
+    `to`, `dtype` and `options` as there; `dtype` auto is the one that the model is stored in, float32 for a quantised
+    one. Raises `UserError` when the adapter isn't one of this model, `VerificationError` when the result isn't the
+    model with its adapter.
     """
+    target = Target.of(to, dtype, **options)
     lora = read_adapter(adapter)
     with open_checkpoint(model, revision=revision) as source:
         merged = merge(source, lora)
-        stored = source.hf_config["torch_dtype"]
-        target = Target(to, (stored if stored in DTYPES else "float32") if dtype == "auto" else dtype)
-        said = {
+        if dtype == "auto":
+            own = source.hf_config["torch_dtype"]
+            dtype = own if own in target.format.dtypes else "float32"
+        target = Target.of(to, dtype, **options)
+        facts = {
             "name": lora.path.resolve().name,
             "base": lora.base,
             "rank": lora.options.rank,
             "alpha": lora.options.alpha,
             "layers": len(lora.modules),
             "replaced": list(lora.whole),
-            "difference": _logit_difference(source, lora, merged) if prove else None,
+            "difference": _logit_difference(source, lora, merged) if verify else None,
         }
-        name = source.path.resolve().name if Path(model).expanduser().exists() else str(model)
-        return write(merged, dst, target, name, overwrite=overwrite, prove=prove, said={"adapter": said})
+        name = source_name(source, model)
+        return write(merged, dst, target, name, overwrite=overwrite, verify=verify, facts={"adapter": facts})
 
 
 def _logit_difference(source: Checkpoint, adapter: Adapter, merged: Checkpoint) -> float:

@@ -1,31 +1,33 @@
-"""A tensor that lies in several files, each with a part of it: put together, or only the piece that is asked for."""
+"""Tensors that are sharded over several files: assembled whole, or only the slice that is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from puna.errors import UserError
 from puna.weights.checkpoint import Index
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """Where a part lies in the whole tensor (slices with bounds and step 1), and how to read it."""
+    """Where a shard lies in the whole tensor (slices with bounds and step 1), and how to read it."""
 
     place: Index
     read: Callable[[], Tensor]
 
 
 def side_by_side(name: str, shapes: Sequence[Shape], dim: int) -> tuple[Shape, list[Index]]:
-    """The shape of the parts of tensor `name` joined along `dim`, and the place of each in it."""
+    """The shape of the shards of tensor `name` concatenated along `dim`, and the place of each in it."""
     if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1:
-        raise UserError(f"the parts of {name} don't fit together, their shapes are {', '.join(map(str, shapes))}")
+        raise UserError(f"The shards of {name} don't fit together: their shapes are {', '.join(map(str, shapes))}.")
     places, start = [], 0
     for shape in shapes:
         stop = start + shape[dim]
@@ -34,19 +36,21 @@ def side_by_side(name: str, shapes: Sequence[Shape], dim: int) -> tuple[Shape, l
     return tuple(start if d == dim else n for d, n in enumerate(shapes[0])), places
 
 
-def assemble(shape: Shape, dtype: torch.dtype, parts: Sequence[TensorShard], index: Index | None) -> Tensor:
-    """`whole[index]`, slices of step 1, of the tensor of this `shape` that the parts make up.
+def assemble(shape: Shape, dtype: torch.dtype, shards: Sequence[TensorShard], index: Index | None) -> Tensor:
+    """`whole[index]`, slices of step 1, of the tensor of this `shape` that the shards make up.
 
-    Reads the parts that the index touches; a view when one part holds all of it.
+    Reads the shards that the index touches; a view when one of them holds all of it.
     """
+    import torch
+
     index = index or ()
     wanted = [range(n)[index[d]] if d < len(index) else range(n) for d, n in enumerate(shape)]
     result = torch.empty([len(want) for want in wanted], dtype=dtype)
-    for part in parts:
-        pairs = list(zip(wanted, part.place, strict=True))
+    for shard in shards:
+        pairs = list(zip(wanted, shard.place, strict=True))
         common = [range(max(want.start, have.start), min(want.stop, have.stop)) for want, have in pairs]
         if all(common):
-            piece = part.read()[_within(common, [have.start for have in part.place])]
+            piece = shard.read()[_within(common, [have.start for have in shard.place])]
             if common == wanted:
                 return piece
             result[_within(common, [want.start for want in wanted])] = piece

@@ -1,4 +1,4 @@
-"""Proof that one checkpoint is another one, stored differently: config, tensors bit by bit, tokenizer, logits."""
+"""Verifying that one checkpoint is another, stored differently: config, tensors bit by bit, tokenizer, logits."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ class VerificationError(Exception):
     """A conversion's result is not its source: a defect of puna or of the disk."""
 
 
-def prove(source: Checkpoint, expected: Checkpoint, result: Checkpoint) -> dict[str, Any]:
+def verify(source: Checkpoint, expected: Checkpoint, result: Checkpoint, *, more_stops: bool = False) -> dict[str, Any]:
     """Compares `result`, read back, with `expected`: `source` in the numbers that were to be stored.
 
-    Returns what was compared, for the manifest. Raises `VerificationError` naming the first difference. Takes the
-    memory of `STEP` elements of a tensor and of the probes' activations.
+    Returns what was compared, for the manifest. `more_stops` as in `tokenizer_difference`. Raises `VerificationError`
+    naming the first difference: what a format can't hold is refused before it is written. Takes the memory of `STEP`
+    elements of a tensor and of the probes' activations.
     """
     _same_config(source, result)
-    proof: dict[str, Any] = {"tensors": _same_tensors(expected, result)}
+    compared: dict[str, Any] = {"tensors": _same_tensors(expected, result)}
     if (tokenizer := source.tokenizer()) is not None:
-        proof["tokenizer_probes"] = _same_tokenizer(tokenizer, result.tokenizer())
-    return {**proof, "logits": _same_logits(source, expected, result)}
+        if difference := tokenizer_difference(tokenizer, result.tokenizer(), more_stops=more_stops):
+            raise VerificationError(f"the result's tokenizer is another one: {difference}")
+        compared["tokenizer_probes"] = len(PROBES)
+    return {**compared, "logits": _same_logits(source, expected, result)}
 
 
 def as_stored(source: Checkpoint, store: Callable[[str, Tensor], Tensor]) -> Checkpoint:
@@ -53,9 +56,9 @@ def as_stored(source: Checkpoint, store: Callable[[str, Tensor], Tensor]) -> Che
 
 def _same_config(source: Checkpoint, result: Checkpoint) -> None:
     for field in dataclasses.fields(source.config):
-        said, found = getattr(source.config, field.name), getattr(result.config, field.name)
-        if said != found:
-            raise VerificationError(f"the result's {field.name} is {found}, the source's {said}")
+        expected, found = getattr(source.config, field.name), getattr(result.config, field.name)
+        if expected != found:
+            raise VerificationError(f"the result's {field.name} is {found}, the source's {expected}")
 
 
 def _same_tensors(expected: Checkpoint, result: Checkpoint) -> int:
@@ -82,18 +85,26 @@ def bit_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _same_tokenizer(source: Tokenizer, result: Tokenizer | None) -> int:
+def tokenizer_difference(source: Tokenizer, result: Tokenizer | None, *, more_stops: bool = False) -> str:
+    """The first difference of two tokenizers, in words, "" when there is none: ids of probe texts, of each added token
+    with spaces around it, end tokens, chat template.
+
+    `more_stops`: `result` may stop at further tokens, as readers do that find end tokens by their spelling.
+    """
     if result is None:
-        raise VerificationError("the result has no tokenizer")
-    texts = (*PROBES, *source.probes)
-    for text in texts:
+        return "it is missing"
+    for text in (*PROBES, *probes_of_added_tokens(source)):
         if source.encode(text) != result.encode(text):
-            raise VerificationError(f"the result's tokenizer encodes {text!r} otherwise")
-    if set(source.stop_ids) != set(result.stop_ids):
-        raise VerificationError(f"the result's tokenizer stops at {result.stop_ids}, the source's at {source.stop_ids}")
-    if source.chat_template != result.chat_template:
-        raise VerificationError("the result's tokenizer has another chat template")
-    return len(texts)
+            return f"it encodes {text!r} otherwise"
+    stops, found = set(source.stop_ids), set(result.stop_ids)
+    if not (stops <= found if more_stops else stops == found):
+        return f"it stops at {sorted(found)}, not at {sorted(stops)}"
+    return "" if source.chat_template == result.chat_template else "it has another chat template"
+
+
+def probes_of_added_tokens(tokenizer: Tokenizer, most: int = 64) -> list[str]:
+    """Texts with special tokens between spaces, line breaks and words, where lstrip and rstrip matter."""
+    return [f"a {token} b\n{token}\nc{token}d" for token in tokenizer.special_tokens[:most]]
 
 
 def _logits(source: Checkpoint, ids: Tensor) -> Tensor:
@@ -107,7 +118,7 @@ def _same_logits(source: Checkpoint, expected: Checkpoint, result: Checkpoint) -
     ids = torch.randint(source.config.vocab_size, PROBE_SHAPE, generator=generator)
     original = _logits(source, ids)
     if not original.isfinite().all():
-        raise UserError(f"{source.path} gives logits that aren't finite, its weights are damaged; fetch it again")
+        raise UserError(f"{source.path} gives logits that aren't finite, its weights are damaged; fetch it again.")
     stored = original if expected is source else _logits(expected, ids)
     found = _logits(result, ids)
     if not torch.equal(stored, found):

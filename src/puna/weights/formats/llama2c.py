@@ -1,6 +1,6 @@
 """llama2.c's .bin files: a header of numbers, then float32 tensors in a fixed order, each kind for all layers.
 
-Version 0 ("legacy") has no magic number; version 1 has the magic "ak42". Both keep q and k in neighbouring RoPE order.
+Version 0 ("legacy") has no magic number; version 1 has the magic "ak42". Both keep q and k in interleaved RoPE order.
 The context's rotary tables that version 0 stores follow from the config and are skipped. The tokenizer is the file
 tokNNN.bin (NNN its size) or tokenizer.bin beside the model. Format: export.py of https://github.com/karpathy/llama2.c
 """
@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import struct
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from puna.errors import UserError
-from puna.files import map_file
+from puna.files import map_file, open_file
 from puna.model.config import ModelConfig
-from puna.tokenizer import Tokenizer
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, in_model_order
+from puna.weights.formats.format import Format
 from puna.weights.rope_permute import is_rotated, read_unpermuted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from puna.tokenizer import Tokenizer
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER = "<7i"  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len
@@ -28,10 +31,10 @@ LIMIT = 1 << 30  # no real header has a larger number
 
 
 def detect(path: Path) -> bool:
-    """A .bin file whose header could be one of llama2.c."""
+    """Whether `path` is a .bin file whose header could be one of llama2.c."""
     if not path.is_file() or path.suffix != ".bin":
         return False
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(struct.calcsize(HEADER))
     if len(head) < struct.calcsize(HEADER):
         return False
@@ -42,8 +45,10 @@ def detect(path: Path) -> bool:
 
 def open_llama2c(path: Path) -> Checkpoint:
     """Maps the file. Raises `UserError` when its size isn't what its header says, and for quantised versions."""
+    import torch
+
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(HEADER_V1_BYTES)
     if struct.unpack_from("<I", head)[0] == MAGIC:
         version = struct.unpack_from("<i", head, 4)[0]
@@ -97,7 +102,7 @@ def open_llama2c(path: Path) -> Checkpoint:
         files=[path, *([tokenizer] if tokenizer else [])],
         details={"version": version},
         reader=read,
-        load_tokenizer=lambda: Tokenizer.from_llama2c(tokenizer) if tokenizer else None,
+        load_tokenizer=lambda: _load_tokenizer(tokenizer) if tokenizer else None,
     )
 
 
@@ -126,5 +131,20 @@ def _starts(config: ModelConfig, version: int, start: int, skipped: int) -> tupl
     return starts, start
 
 
+def _load_tokenizer(path: Path) -> Tokenizer:
+    from puna.tokenizer import Tokenizer
+
+    return Tokenizer.from_llama2c(path)
+
+
 def _tokenizer_files(path: Path, vocab_size: int) -> list[Path]:
     return [path.with_name(f"tok{vocab_size}.bin"), path.with_name("tokenizer.bin")]
+
+
+FORMAT = Format(
+    name="llama2c",
+    summary="a llama2.c .bin file of version 0 or 1, with tokNNN.bin or tokenizer.bin beside it",
+    rope_order="interleaved",
+    detect=detect,
+    open=open_llama2c,
+)

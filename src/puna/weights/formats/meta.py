@@ -1,10 +1,10 @@
 """Meta's own layout: consolidated.NN.pth, one file per model-parallel rank, with params.json.
 
-Its q and k rows are in neighbouring RoPE order. fairscale splits the output of wq, wk, wv, w1, w3 and output, the input
+Its q and k rows are in interleaved RoPE order. fairscale splits the output of wq, wk, wv, w1, w3 and output, the input
 of wo and w2; Llama 1 and 2 split the embedding along the hidden size, Llama 3 along the vocabulary.
 
-What params.json has no word for (context length, end tokens, chat template) we write beside it as config.json and the
-Hugging Face tokenizer files, which Meta's code doesn't look at; without them the published models' values are taken.
+What params.json has no key for (context length, end tokens, chat template) is written beside it as config.json and
+Hugging Face tokenizer files, which Meta's code ignores; without them the published models' values are taken.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import dataclasses
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from puna.errors import UserError
 from puna.files import read_json, write_json
-from puna.model.config import ModelConfig
+from puna.model.config import ModelConfig, check_token_ids
 from puna.model.tp_plan import TP_PLAN, chunk
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, cast, in_model_order, main_dtype
-from puna.weights.formats import hf, torch_pickle
+from puna.weights.formats import hf
+from puna.weights.formats.format import Format
 from puna.weights.formats.meta_params import LLAMA3_VOCAB, config_from, params_from
+from puna.weights.formats.presharded import ShardOptions
 from puna.weights.rope_permute import is_rotated, permute, read_unpermuted
 from puna.weights.sharded import Shape, TensorShard, assemble, side_by_side
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 LAYER = {
@@ -46,27 +49,33 @@ DIM = {"col": 0, "row": 1, "vocab": 0}
 
 
 def detect(path: Path) -> bool:
-    """A directory with params.json and consolidated.NN.pth."""
+    """Whether `path` is a directory with params.json and consolidated.NN.pth."""
     return path.is_dir() and (path / "params.json").exists() and any(path.glob("consolidated.*.pth"))
 
 
 def open_meta(path: Path) -> Checkpoint:
     """Opens Meta's shards as one checkpoint. Raises `UserError` for missing, damaged or differing ones."""
+    import torch
+
+    from puna.weights.formats import torch_pickle
+
     params = read_json(path / "params.json")
     files = _shard_files(path)
     shards = [_renamed(torch_pickle.load_file(file)) for file in files]
     for file, shard in zip(files, shards, strict=True):
         if differing := sorted(shard.keys() ^ shards[0].keys()):
-            raise UserError(f"{file} and {files[0].name} don't hold the same tensors: {differing[0]} is in one of them")
+            raise UserError(
+                f"{file} and {files[0].name} don't hold the same tensors: {differing[0]} is in one of them."
+            )
     places = {name: _places(name, [tuple(shard[name].shape) for shard in shards], params) for name in shards[0]}
     tensors = {name: TensorInfo(shape, shards[0][name].dtype) for name, (shape, _) in places.items()}
     for name, tensor in shards[0].items():
         parts = [shard[name] for shard in shards]
         whole = _module(name) not in TP_PLAN
         if any(part.dtype != tensor.dtype or whole and not torch.equal(part, tensor) for part in parts):
-            raise UserError(f"{path}: its files aren't shards of one model, {name} differs among them")
+            raise UserError(f"{path}: its files aren't shards of one model, {name} differs among them.")
     if hf.EMBEDDING not in tensors:
-        raise UserError(f"{path} is missing tok_embeddings.weight")
+        raise UserError(f"{path} is missing tok_embeddings.weight.")
 
     def stored(name: str, index: Index | None) -> Tensor:
         shape, where = places[name]
@@ -75,12 +84,13 @@ def open_meta(path: Path) -> Checkpoint:
         ]
         return assemble(shape, tensors[name].dtype, parts, index)
 
-    said = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    tied = _tied(tensors, stored) if said.get("tie_word_embeddings") in (None, True) else False
+    raw = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    tied = _tied(tensors, stored) if raw.get("tie_word_embeddings") in (None, True) else False
     hf_config = config_from(params, vocab_size=tensors[hf.EMBEDDING].shape[0], tied=tied)
     config = ModelConfig.from_hf(hf_config)
-    if said:
-        hf_config, config = said, _agreed(path, config, ModelConfig.from_hf(said))
+    if raw:
+        hf_config, config = raw, _agreed(path, config, ModelConfig.from_hf(raw))
+        check_token_ids(raw, config.vocab_size, f"{path / 'config.json'}")
     if config.tie_word_embeddings:
         tensors.pop(hf.OUTPUT, None)
 
@@ -90,14 +100,13 @@ def open_meta(path: Path) -> Checkpoint:
         return stored(name, index)
 
     tensors = in_model_order(config, tensors)
-    generation = path / "generation_config.json"
     others = ("params.json", "config.json", "generation_config.json", *hf.TOKENIZER_FILES)
     return Checkpoint(
         path=path,
         format="meta",
         config=config,
         hf_config=hf.native_config(config, hf_config, tensors),
-        generation=read_json(generation) if generation.exists() else {},
+        generation=hf.read_generation(path, config),
         tensors=tensors,
         files=[*files, *(path / name for name in others if (path / name).exists())],
         details={"shards": len(files), "params": params},
@@ -106,22 +115,32 @@ def open_meta(path: Path) -> Checkpoint:
     )
 
 
-def write_meta(source: Checkpoint, dst: Path, dtype: torch.dtype | None = None, *, shards: int = 1) -> None:
-    """Writes the directory `dst`, which must not exist yet, with `shards` files; one of them is in memory at a time.
-
-    Raises `UserError` for what the layout can't hold: biases, heads of another size than hidden / heads, RoPE scaling
-    other than Llama 3's, or a number of shards that doesn't divide the model.
-    """
-    config = source.config
-    params = params_from(config)
+def check_meta(source: Checkpoint, dtype: torch.dtype | None, options: ShardOptions) -> None:
+    """Raises `UserError` for what the layout can't hold: biases, heads of another size than hidden / heads, RoPE
+    scaling other than Llama 3's, a number of ranks that doesn't divide the model."""
+    config, shards = source.config, options.ranks
+    params_from(config)
     for what, size in (
         ("attention heads", config.num_attention_heads),
         ("key/value heads", config.num_key_value_heads),
         ("rows of the MLP", config.intermediate_size),
         ("tokens of the vocabulary", config.vocab_size),
     ):
-        if shards < 1 or size % shards:
-            raise UserError(f"{size} {what} can't be split over {shards} shards; choose another number")
+        if size % shards:
+            raise UserError(f"{size} {what} can't be split over {shards} ranks; choose another number.")
+    hf.check_hf(source, dtype, None)
+
+
+def write_meta(
+    source: Checkpoint, dst: Path, dtype: torch.dtype | None = None, options: ShardOptions | None = None
+) -> None:
+    """Writes the directory `dst`, which must not exist yet: a file per rank, one of them in memory at a time."""
+    import torch
+
+    from puna.weights.formats import torch_pickle
+
+    config, options = source.config, options or ShardOptions()
+    shards, params = options.ranks, params_from(config)
     dst.mkdir()
     for rank in range(shards):
         state: dict[str, Tensor] = {}
@@ -149,7 +168,7 @@ def _shard_files(path: Path) -> list[Path]:
     files = sorted(path.glob("consolidated.*.pth"))
     for number, file in enumerate(files):
         if file.name != f"consolidated.{number:02d}.pth":
-            raise UserError(f"{path} lacks consolidated.{number:02d}.pth; fetch it again")
+            raise UserError(f"{path} lacks consolidated.{number:02d}.pth; fetch it again.")
     return files
 
 
@@ -209,6 +228,8 @@ def _index(name: str, shape: Shape, rank: int, shards: int) -> Index:
 
 def _tied(tensors: dict[str, TensorInfo], read: Any, rows: int = 4096) -> bool:
     """Whether the output layer is the embedding: Llama 3.2's files hold it twice, and don't say so."""
+    import torch
+
     if hf.OUTPUT not in tensors or hf.EMBEDDING not in tensors:
         return hf.OUTPUT not in tensors
     if tensors[hf.OUTPUT] != tensors[hf.EMBEDDING]:
@@ -225,5 +246,18 @@ def _agreed(path: Path, ours: ModelConfig, said: ModelConfig) -> ModelConfig:
     ours = dataclasses.replace(ours, max_position_embeddings=said.max_position_embeddings)
     for field in dataclasses.fields(ModelConfig):
         if getattr(ours, field.name) != getattr(said, field.name):
-            raise UserError(f"{path}: params.json and config.json disagree on {field.name}; remove the wrong one")
+            raise UserError(f"{path}: params.json and config.json disagree on {field.name}; remove the wrong one.")
     return said
+
+
+FORMAT = Format(
+    name="meta",
+    summary="a directory of Meta's params.json and consolidated.NN.pth, one per model-parallel rank",
+    rope_order="interleaved",
+    detect=detect,
+    open=open_meta,
+    write=write_meta,
+    check=check_meta,
+    options=ShardOptions,
+    weight_files=(r"consolidated\.\d+\.pth",),
+)

@@ -7,38 +7,44 @@ of q, k, v, gate, up along the output and of o, down along the input, with all e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from puna.errors import UserError
 from puna.files import read_json, write_json
-from puna.model.config import ModelConfig
+from puna.model.config import ModelConfig, check_token_ids
 from puna.model.tp_plan import TP_PLAN, check_tp, tp_slice
+from puna.options import option
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, in_model_order, main_dtype
 from puna.weights.formats import hf
+from puna.weights.formats.format import Format
 from puna.weights.sharded import Shape, TensorShard, assemble, side_by_side
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PARTS, TOKENIZER = "part_model", "tokenizer"
 
 
 def detect(path: Path) -> bool:
-    """A directory with part_model/0, or that part_model itself."""
+    """Whether `path` is a directory with part_model/0, or that part_model itself."""
     return path.is_dir() and (_parts_folder(path) / "0" / "config.json").exists()
 
 
-def open_ranks(path: Path) -> Checkpoint:
+def open_presharded(path: Path) -> Checkpoint:
     """Opens the ranks' directories as one checkpoint. Raises `UserError` for missing ranks and for differing copies."""
     folder = _parts_folder(path)
-    said = read_json(folder / "0" / "config.json")
-    config = ModelConfig.from_hf(said)
-    directories = _rank_directories(folder, said.get("world_size"))
+    raw = read_json(folder / "0" / "config.json")
+    config = ModelConfig.from_hf(raw)
+    check_token_ids(raw, config.vocab_size, f"{folder / '0' / 'config.json'}")
+    directories = _rank_directories(folder, raw.get("world_size"))
     ranks = [hf.open_weights(directory) for directory in directories]
     for directory, rank in zip(directories, ranks, strict=True):
         if differing := sorted(rank.tensors.keys() ^ ranks[0].tensors.keys()):
-            raise UserError(f"{directory} and rank 0 don't hold the same tensors: {differing[0]} is in one of them")
+            raise UserError(f"{directory} and rank 0 don't hold the same tensors: {differing[0]} is in one of them.")
     whole = config.tensors()
     tensors: dict[str, TensorInfo] = {}
     parts: dict[str, list[TensorShard]] = {}
@@ -57,13 +63,12 @@ def open_ranks(path: Path) -> Checkpoint:
     tensors = in_model_order(config, tensors)
     homes = (folder.parent / TOKENIZER, folder.parent, directories[0])
     tokenizer = next((home for home in homes if hf.has_tokenizer(home)), None)
-    generation = directories[0] / "generation_config.json"
     return Checkpoint(
         path=path,
-        format="ranks",
+        format="presharded",
         config=config,
-        hf_config=hf.native_config(config, said, tensors),
-        generation=read_json(generation) if generation.exists() else {},
+        hf_config=hf.native_config(config, raw, tensors),
+        generation=hf.read_generation(directories[0], config),
         tensors=tensors,
         files=[file for rank in ranks for file in rank.files]
         + [directory / "config.json" for directory in directories]
@@ -74,15 +79,29 @@ def open_ranks(path: Path) -> Checkpoint:
     )
 
 
-def write_ranks(source: Checkpoint, dst: Path, dtype: torch.dtype | None = None, *, ranks: int = 2) -> None:
-    """Writes the directory `dst`, which must not exist yet, cut for `ranks` ranks by TP_PLAN.
+@dataclass(frozen=True)
+class ShardOptions:
+    """Write options of the formats that are split over ranks."""
 
-    Raises `UserError` when the model can't be split so.
-    """
-    config = source.config
-    if ranks < 1:
-        raise UserError(f"a model can't be cut for {ranks} ranks")
-    check_tp(config, ranks)
+    ranks: int = option(1, "number of ranks to split over")
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise UserError(f"--ranks must be at least 1, not {self.ranks}.")
+
+
+def check_presharded(source: Checkpoint, dtype: torch.dtype | None, options: ShardOptions) -> None:
+    """Raises `UserError` when the model can't be split over so many ranks."""
+    check_tp(source.config, options.ranks)
+    hf.check_hf(source, dtype, None)
+
+
+def write_presharded(
+    source: Checkpoint, dst: Path, dtype: torch.dtype | None = None, options: ShardOptions | None = None
+) -> None:
+    """Writes the directory `dst`, which must not exist yet, split by TP_PLAN."""
+    ranks = (options or ShardOptions()).ranks
+    check_tp(source.config, ranks)
     dst.mkdir()
     (dst / PARTS).mkdir()
     for rank in range(ranks):
@@ -114,7 +133,7 @@ def _rank_directories(folder: Path, world_size: int | None) -> list[Path]:
     count = world_size if isinstance(world_size, int) else len(names)
     if names != list(range(count)):
         have = ", ".join(map(str, names))
-        raise UserError(f"{folder} has the parts {have} of {count} ranks; every rank's is needed, and no other")
+        raise UserError(f"{folder} has the parts {have} of {count} ranks; every rank's is needed, and no other.")
     return [folder / str(name) for name in names]
 
 
@@ -134,10 +153,25 @@ def _places(name: str, shapes: list[Shape], whole: Shape | None, config: ModelCo
 
 def _distinct(path: Path, name: str, parts: list[TensorShard]) -> list[TensorShard]:
     """One part for each place, after making sure that copies of it are equal."""
+    import torch
+
     first: dict[tuple, TensorShard] = {}
     for rank, part in enumerate(parts):
         key = tuple((s.start, s.stop) for s in part.place)
         if key in first and not torch.equal(first[key].read(), part.read()):
-            raise UserError(f"{path}: the copies of {name} differ, rank {rank}'s isn't that of the ranks before it")
+            raise UserError(f"{path}: the copies of {name} differ, rank {rank}'s isn't that of the ranks before it.")
         first.setdefault(key, part)
     return list(first.values())
+
+
+FORMAT = Format(
+    name="presharded",
+    aliases=("ranks",),
+    summary="a directory split for tensor-parallel ranks: part_model/0, part_model/1 ..., tokenizer",
+    rope_order="rotate-half",
+    detect=detect,
+    open=open_presharded,
+    write=write_presharded,
+    check=check_presharded,
+    options=ShardOptions,
+)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puna import files
 from puna.errors import UserError
-from puna.files import map_file
 from puna.weights.checkpoint import TensorInfo
 
 DTYPES = {
@@ -33,6 +35,9 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -62,9 +67,9 @@ def open_file(path: Path) -> Mapped:
 
     Raises `UserError` for anything else, so for a download that stopped halfway too.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with files.open_file(path) as file:
         prefix = file.read(8)
+        size = os.fstat(file.fileno()).st_size
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise UserError(f"{path} is cut off or no safetensors file: its header of {length:,} bytes is impossible")
@@ -72,6 +77,10 @@ def open_file(path: Path) -> Mapped:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
+        unknown = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in DTYPES}
+        if unknown and all(re.fullmatch("[A-Z][A-Z0-9_]{0,20}", dtype) for dtype in unknown.values()):
+            name, dtype = next(iter(unknown.items()))
+            raise UserError(f"{path} stores {name} as {dtype}, a data type that puna doesn't read.")
         entries = {name: _entry(entry) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged: its safetensors header can't be read; fetch the file again") from None
@@ -82,7 +91,7 @@ def open_file(path: Path) -> Mapped:
         tensors[name], starts[name], end = info, end, end + info.nbytes
     if end != size:
         raise UserError(f"{path} is cut off or damaged: it has {size:,} bytes where its header says {end:,}")
-    return Mapped(path, tensors, starts, map_file(path))
+    return Mapped(path, tensors, starts, files.map_file(path))
 
 
 def _entry(entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:

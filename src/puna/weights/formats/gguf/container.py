@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from puna.errors import UserError
+from puna.files import open_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -62,11 +63,8 @@ class GGUFFile:
 
 def is_gguf(path: Path) -> bool:
     """Whether `path` is a file that starts as a GGUF file does."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+    with open_file(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def read_gguf(path: Path) -> GGUFFile:

@@ -1,7 +1,8 @@
-"""What a LLaMA is called in GGUF: names of tensors, and the config as metadata. Read and written from here.
+"""A LLaMA's tensor names and config in GGUF, read and written.
 
-Llama 3's rope scaling has no metadata: it is the tensor `rope_freqs.weight`, what each frequency is divided by. The
-rows of q and k are in the order of neighbours (`rope_order`); left so, SmolLM2 still talks, with perplexity 245 for 15.
+Metadata is read as llama.cpp reads it (src/llama-model.cpp, `load_hparams`): its defaults for absent keys, its old
+names of keys. Llama 3's RoPE scaling has no metadata: it is the tensor `rope_freqs.weight`, the divisor of each
+frequency. Rows of q and k are interleaved; read in the wrong order, SmolLM2 has perplexity 245 instead of 15.
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the formula: llama.cpp's convert_hf_to_gguf.py.
 """
 
@@ -33,7 +34,7 @@ LAYER = {
 OUTER_GGUF = {hf: gguf for gguf, hf in OUTER.items()}
 LAYER_GGUF = {hf: gguf for gguf, hf in LAYER.items()}
 
-# Metadata llama.* that changes the computation, with the value at which it doesn't.
+# Metadata llama.* that changes the computation, with the value at which it doesn't. (Without YaRN, its settings don't.)
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0,
     "attention.sliding_window": 0,
@@ -48,6 +49,10 @@ NEUTRAL: dict[str, Any] = {
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
 }
+ROPE_KEYS = {"dimension_count", "freq_base", "freq_base_swa", "scale_linear", "scaling.type", "scaling.factor",
+             "scaling.original_context_length", "scaling.finetuned", "scaling.attn_factor", "scaling.yarn_attn_factor",
+             "scaling.yarn_ext_factor", "scaling.yarn_log_multiplier", "scaling.yarn_beta_fast",
+             "scaling.yarn_beta_slow"}  # fmt: skip
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 UNUSED = 5  # token type
 SCALING_KEY = "puna.rope_scaling"  # ours: the settings that `rope_freqs.weight` was computed from, as JSON
@@ -84,24 +89,24 @@ def config_from(
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UserError(
-            f"{path} is of architecture {architecture!r}, which puna doesn't implement: it reads llama alone"
+            f"{path} is of architecture {architecture!r}, which puna doesn't implement: it reads llama alone."
         )
     for key, neutral in NEUTRAL.items():
         if (value := metadata.get(f"llama.{key}", neutral)) != neutral:
-            raise UserError(f"{path} asks for llama.{key} = {value!r}, which puna doesn't implement")
+            raise UserError(f"{path} asks for llama.{key} = {value!r}, which puna doesn't implement.")
     if len(shapes.get("token_embd.weight", ())) != 2:
-        raise UserError(f"{path} has no matrix token_embd.weight: it holds no whole model")
+        raise UserError(f"{path} has no matrix token_embd.weight: it holds no whole model.")
 
     def number(key: str, default: float | None = None) -> Any:
         return _number(path, f"llama.{key}", metadata.get(f"llama.{key}", default))
 
     hidden, heads, layers = number("embedding_length"), number("attention.head_count"), number("block_count")
     if layers > len(shapes):  # a damaged number must not make us list a billion tensors to say that they are missing
-        raise UserError(f"{path} says that it has {layers:,} layers and holds {len(shapes)} tensors: fetch it again")
+        raise UserError(f"{path} says that it has {layers:,} layers and holds {len(shapes)} tensors: fetch it again.")
     head_dim = number("attention.key_length", max(1, hidden // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if (size := number(key, head_dim)) != head_dim:
-            raise UserError(f"{path} has llama.{key} = {size} with heads of {head_dim}, which puna doesn't implement")
+            raise UserError(f"{path} has llama.{key} = {size} with heads of {head_dim}, which puna doesn't implement.")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -119,28 +124,44 @@ def config_from(
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
     }
-    kind = metadata.get("llama.rope.scaling.type", "none")
+    for key in metadata:
+        if key.startswith("llama.rope.") and key.removeprefix("llama.rope.") not in ROPE_KEYS:
+            raise UserError(f"{path} has {key} = {metadata[key]!r}, which puna doesn't implement.")
+    kind, factor = _scaling(path, metadata)
     if divisors is not None:
         if len(divisors) != head_dim // 2 or not np.isfinite(divisors).all() or divisors.min() <= 0:
-            raise UserError(f"{path} is damaged, its rope_freqs.weight is not {head_dim // 2} positive numbers")
+            raise UserError(f"{path} is damaged, its rope_freqs.weight is not {head_dim // 2} positive numbers.")
+        if factor != 1:
+            raise UserError(
+                f"{path} has both rope_freqs.weight and a {kind} RoPE scaling, which puna doesn't implement."
+            )
         scaling = _llama3_scaling(path, divisors, config["rope_theta"], metadata.get(SCALING_KEY))
         config["rope_scaling"] = {"rope_type": "llama3", **scaling}
-    elif kind in ("linear", "yarn"):
-        config["rope_scaling"] = {"rope_type": kind, "factor": float(number("rope.scaling.factor"))}
+    elif factor != 1:
+        config["rope_scaling"] = {"rope_type": kind, "factor": factor}
         if kind == "yarn":
             original = number("rope.scaling.original_context_length", config["max_position_embeddings"])
             config["rope_scaling"]["original_max_position_embeddings"] = original
             for beta in ("beta_fast", "beta_slow"):
                 if f"llama.rope.scaling.yarn_{beta}" in metadata:
                     config["rope_scaling"][beta] = float(number(f"rope.scaling.yarn_{beta}"))
-    elif kind != "none":
-        raise UserError(f"{path} asks for rope scaling {kind!r}, which puna doesn't implement")
     return config
+
+
+def _scaling(path: Path, metadata: dict[str, Any]) -> tuple[str, float]:
+    """Type and factor of the RoPE scaling. llama.cpp's rules: the type defaults to linear; a factor that is absent or 0
+    is 1; files of 2023 name it `rope.scale_linear`; under type none it doesn't count."""
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise UserError(f"{path} asks for RoPE scaling {kind!r}, which puna doesn't implement.")
+    key = "llama.rope.scaling.factor" if "llama.rope.scaling.factor" in metadata else "llama.rope.scale_linear"
+    factor = metadata.get(key) or 1.0
+    return kind, 1.0 if kind == "none" else float(_number(path, key, factor))
 
 
 def metadata_from(config: ModelConfig) -> dict[str, Any]:
     """The metadata llama.* of a config: what `config_from` reads and llama.cpp needs. Python floats are float32, ints
-    uint32. Raises `UserError` for a rope scaling that GGUF has no words for."""
+    uint32. Raises `UserError` for a RoPE scaling that GGUF has no keys for."""
     metadata: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -166,23 +187,30 @@ def metadata_from(config: ModelConfig) -> dict[str, Any]:
             if key in ("beta_fast", "beta_slow"):
                 metadata[f"rope.scaling.yarn_{key}"] = float(scaling[key])
             elif scaling[key] is not True or key != "truncate":  # llama.cpp truncates
-                raise UserError(f"GGUF can't carry {key} of yarn rope scaling, which this model sets: keep it as hf")
+                raise UserError(f"GGUF can't carry {key} of yarn RoPE scaling, which this model sets: keep it as hf.")
     elif kind not in (None, "linear", "llama3"):
-        raise UserError(f"GGUF can't carry {kind} rope scaling, which this model uses: keep it as hf")
+        raise UserError(f"GGUF can't carry {kind} RoPE scaling, which this model uses: keep it as hf.")
     named = {f"llama.{key}": value for key, value in metadata.items()}
     return named | ({SCALING_KEY: json.dumps(scaling)} if kind == "llama3" else {})
 
 
 def padded(fields: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Tokenizer fields with as many tokens as the embedding has rows, which llama.cpp insists on."""
+    """Tokenizer fields with as many tokens as the embedding has rows, which llama.cpp insists on.
+
+    Tokens beyond the last row, which the model can't use, are left out.
+    """
+    names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores")]
+    fields = fields | {name: fields[name][:vocab_size] for name in names if name in fields}
+    beyond = [key for key, value in fields.items() if key.endswith("_token_id") and value >= vocab_size]
+    fields = {key: value for key, value in fields.items() if key not in beyond}
     tokens, extra = fields["tokenizer.ggml.tokens"], range(len(fields["tokenizer.ggml.tokens"]), vocab_size)
     lists = {
         "tokens": [f"[PAD{i}]" for i in extra],
         "token_type": [UNUSED] * len(extra),
         "scores": [-1000.0] * len(extra),
     }
-    names = {f"tokenizer.ggml.{name}": more for name, more in lists.items()}
-    return fields | {name: fields[name] + more for name, more in names.items() if name in fields and tokens}
+    more = dict(zip(names, lists.values(), strict=True))
+    return fields | {name: fields[name] + more[name] for name in names if name in fields and tokens}
 
 
 def unpadded(fields: dict[str, Any]) -> dict[str, Any]:
@@ -223,13 +251,15 @@ def _llama3_scaling(path: Path, divisors: np.ndarray, theta: float, named: str |
             said = json.loads(named)
             settings.insert(0, {key: type(value)(said[key]) for key, value in settings[0].items()})
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, its {SCALING_KEY} is not the settings of a rope scaling") from None
+        raise UserError(f"{path} is damaged, its {SCALING_KEY} does not hold the settings of a RoPE scaling.") from None
     for setting in settings:
         if setting["high_freq_factor"] > setting["low_freq_factor"] and np.allclose(
             llama3_divisors(theta, head_dim, setting), divisors, rtol=1e-4
         ):
             return setting
-    raise UserError(f"{path} scales rope frequencies (rope_freqs.weight) otherwise than Llama 3 does: not implemented")
+    raise UserError(
+        f"{path} scales RoPE frequencies (rope_freqs.weight) otherwise than Llama 3 does, which puna doesn't implement."
+    )
 
 
 def _turns_per_token(theta: float, head_dim: int) -> np.ndarray:
@@ -239,7 +269,9 @@ def _turns_per_token(theta: float, head_dim: int) -> np.ndarray:
 def _number(path: Path, key: str, value: Any) -> Any:
     """A positive number of the metadata; a float32 as the shortest decimal that names it (1e-05, not 9.9999e-06)."""
     if isinstance(value, list):
-        raise UserError(f"{path} has {key} for each layer on its own, which puna doesn't implement")
+        raise UserError(f"{path} has {key} per layer, which puna doesn't implement.")
+    if value is None:
+        raise UserError(f"{path} lacks {key}: convert it again.")
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"{path} " + (f"lacks {key}" if value is None else f"has the impossible {key} = {value!r}"))
+        raise UserError(f"{path} has {key} = {value!r}, which must be a number above 0: convert it again.")
     return float(str(np.float32(value))) if isinstance(value, float) else value

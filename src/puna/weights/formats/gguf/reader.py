@@ -13,7 +13,7 @@ import torch
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, in_model_order
-from puna.weights.formats.gguf.container import GGUFTensor, is_gguf, read_gguf
+from puna.weights.formats.gguf.container import GGUFTensor, read_gguf
 from puna.weights.formats.gguf.names import config_from, hf_name, unpadded
 from puna.weights.rope_permute import is_rotated, unpermute
 
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_BYTES = 16 << 20  # of float32, dequantised at a time; numpy needs several times this on the way
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-
-
-def detect(path: Path) -> bool:
-    """A GGUF file, or a directory with one; a directory with weights of another format is asked for that one first."""
-    if path.is_dir():
-        return any(path.glob("*.gguf"))
-    return path.suffix == ".gguf" or is_gguf(path)
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -82,7 +75,7 @@ def open_gguf(path: Path) -> Checkpoint:
 def _read(tensor: GGUFTensor, index: Index | None, head_dim: int | None) -> torch.Tensor:
     """`tensor[index]`, touching only its rows and, within them, the blocks that hold its columns.
 
-    With `head_dim`, the rows are taken from the RoPE order of neighbours into that of halves.
+    With `head_dim`, the rows are brought from the interleaved into the rotate-half RoPE order.
     """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

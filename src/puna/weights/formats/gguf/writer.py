@@ -16,9 +16,15 @@ import torch
 from puna.errors import UserError
 from puna.weights.checkpoint import Checkpoint, TensorInfo, cast
 from puna.weights.formats.gguf.container import write_file
-from puna.weights.formats.gguf.names import gguf_name, hf_name, llama3_divisors, metadata_from, padded
+from puna.weights.formats.gguf.names import gguf_name, hf_name, llama3_divisors, metadata_from, padded, unpadded
 from puna.weights.rope_permute import is_rotated, permute
 
+Q8_0_BLOCK = 32  # numbers of a row that share a scale
+# What a difference comes from in practice: the SentencePiece rules of transformers' newer "legacy": false.
+SPACES = (
+    'set "legacy": true in tokenizer_config.json to accept the rule of llama.cpp, which puts a space before every text,'
+    " also before one that begins with a space"
+)
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type: what most matrices are
 CHUNK = 4 << 20  # elements encoded at a time; the quantiser needs several float32 copies of them
@@ -28,30 +34,11 @@ ROPE = "rope_freqs.weight"
 def write_gguf(source: Checkpoint, dst: Path, dtype: torch.dtype | Literal["q8_0"] | None = None) -> None:
     """Writes the file `dst`; matrices in `dtype` (None: each one's own).
 
-    Under q8_0, a matrix whose rows are no multiple of 32 is float16, as llama.cpp does it. Raises `UserError` for what
-    GGUF can't carry: some rope scalings, float64, an unknown pre-tokenizer, no tokenizer, values beyond float16.
+    Under q8_0, a matrix whose rows are not a multiple of 32 is float16, as llama.cpp does it. Raises `UserError` as
+    `check_gguf`, and for values beyond float16.
     """
-    tokenizer, config = source.tokenizer(), source.config
-    if tokenizer is None:
-        raise UserError(
-            f"{source.path} has no tokenizer, and a GGUF file needs one: put tokenizer.json beside the weights"
-        )
-    tokenizer.check_fits(config.vocab_size)
-    tensors = {gguf_name(name): (info.shape, _kind(name, info, dtype)) for name, info in source.tensors.items()}
-    main = tensors["token_embd.weight"][1]
-    metadata: dict[str, Any] = {
-        "general.architecture": "llama",
-        "general.type": "model",
-        "general.name": source.details.get("metadata", {}).get("general.name", source.path.resolve().stem),
-        "general.file_type": FILE_TYPES[main],
-        **({"general.quantization_version": 2} if main == "Q8_0" else {}),
-        **metadata_from(config),
-        **padded(tokenizer.to_gguf(), config.vocab_size),
-    }
-    divisors = np.zeros(0, np.float32)
-    if (scaling := config.rope_scaling or {}).get("rope_type") == "llama3":
-        divisors = llama3_divisors(config.rope_theta, config.head_dim, scaling)
-        tensors = {ROPE: (divisors.shape, "F32"), **tensors}
+    config = source.config
+    metadata, tensors, divisors = _plan(source, dtype)
 
     def chunks(name: str) -> Iterator[np.ndarray]:
         if name == ROPE:
@@ -66,16 +53,91 @@ def write_gguf(source: Checkpoint, dst: Path, dtype: torch.dtype | Literal["q8_0
     write_file(dst, metadata, tensors, chunks)
 
 
+def check_gguf(source: Checkpoint, dtype: torch.dtype | Literal["q8_0"] | None) -> None:
+    """Raises `UserError`, by name, for what GGUF can't carry: some RoPE scalings, float64, no tokenizer, or one that
+    llama.cpp would not reproduce."""
+    _plan(source, dtype)
+
+
+def stored(tensor: torch.Tensor, dtype: torch.dtype | Literal["q8_0"] | None) -> torch.Tensor:
+    """The numbers that remain of a tensor, or of rows of it, in a GGUF file."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    if tensor.dim() == 1:
+        return tensor.float()
+    if dtype != "q8_0":
+        return tensor if dtype is None else tensor.to(dtype)
+    if tensor.shape[-1] % Q8_0_BLOCK:
+        return tensor.to(torch.float16)
+    kind = GGMLQuantizationType.Q8_0
+    return torch.from_numpy(dequantize(quantize(tensor.float().contiguous().numpy(), kind), kind))
+
+
+def _plan(
+    source: Checkpoint, dtype: torch.dtype | str | None
+) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]], np.ndarray]:
+    """Metadata, shape and type of each tensor, and the content of `rope_freqs.weight` (empty where there is none)."""
+    config = source.config
+    tensors = {gguf_name(name): (info.shape, _kind(name, info, dtype)) for name, info in source.tensors.items()}
+    main = tensors["token_embd.weight"][1]
+    metadata: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": source.details.get("metadata", {}).get("general.name", source.path.resolve().stem),
+        "general.file_type": FILE_TYPES[main],
+        **({"general.quantization_version": 2} if main == "Q8_0" else {}),
+        **metadata_from(config),
+        **_tokenizer_fields(source),
+    }
+    divisors = np.zeros(0, np.float32)
+    if (scaling := config.rope_scaling or {}).get("rope_type") == "llama3":
+        divisors = llama3_divisors(config.rope_theta, config.head_dim, scaling)
+        tensors = {ROPE: (divisors.shape, "F32"), **tensors}
+    return metadata, tensors, divisors
+
+
+def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
+    """The `tokenizer.*` metadata, padded to the embedding, after making sure that a reader gets the same tokenizer."""
+    from puna.tokenizer import Tokenizer
+    from puna.weights.verification import tokenizer_difference
+
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise UserError(
+            f"{source.path} has no tokenizer, and a GGUF file needs one: put tokenizer.json beside the weights."
+        )
+    fields = padded(tokenizer.to_gguf(), source.config.vocab_size)
+    back = Tokenizer.from_gguf(unpadded(fields))
+    # llama.cpp stops at three named tokens, and at tokens with the spelling of known end tokens.
+    slots = [slot for slot in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id") if slot not in fields]
+    if missing := [index for index in tokenizer.stop_ids if index not in back.stop_ids]:
+        if len(missing) > len(slots):
+            names = ", ".join(repr(tokenizer.token(index)) for index in tokenizer.stop_ids)
+            raise UserError(
+                f"GGUF can't carry all end tokens of this model ({names}): it has keys for three, eos, eot and eom;"
+                " shorten eos_token_id in config.json and generation_config.json."
+            )
+        fields |= dict(zip(slots, missing, strict=False))
+        back = Tokenizer.from_gguf(unpadded(fields))
+    if difference := tokenizer_difference(tokenizer, back, more_stops=True):
+        raise UserError(
+            f"A GGUF of this tokenizer would be another one: {difference}; keep the checkpoint as hf"
+            + (f", or {SPACES}." if fields["tokenizer.ggml.model"] == "llama" else ".")
+        )
+    return fields
+
+
 def _kind(name: str, info: TensorInfo, dtype: torch.dtype | str | None) -> str:
     if len(info.shape) == 1:
         return "F32"
     if dtype == "q8_0":
-        return "F16" if info.shape[-1] % 32 else "Q8_0"
+        return "F16" if info.shape[-1] % Q8_0_BLOCK else "Q8_0"
     try:
         return KINDS[dtype or info.dtype]  # type: ignore[index]  # no other string comes here
     except KeyError:
         raise UserError(
-            f"GGUF can't carry {name} in {dtype or info.dtype}: give float32, float16, bfloat16 or q8_0"
+            f"GGUF can't carry {name} in {dtype or info.dtype}: give float32, float16, bfloat16 or q8_0."
         ) from None
 
 

@@ -7,6 +7,7 @@ template, in AscendSpeed's the architecture too) we write beside them as config.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import re
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from puna.errors import UserError, nearest
-from puna.files import read_json, write_json
-from puna.model.config import ModelConfig
+from puna.files import read_bytes, read_json, write_json
+from puna.model.config import ModelConfig, check_token_ids
 from puna.weights import sharded
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, cast, in_model_order, main_dtype
 from puna.weights.formats import hf, torch_pickle
 from puna.weights.formats.hf import EMBEDDING, OUTPUT
+from puna.weights.formats.megatron import TRACKER, MegatronOptions
 from puna.weights.formats.megatron.args import args_from, config_from
 from puna.weights.formats.megatron.names import (
     NAMINGS,
@@ -36,17 +38,14 @@ from puna.weights.formats.megatron.names import (
     padded_vocab,
     role_of,
 )
-from puna.weights.formats.megatron.pickle_file import arguments, load
 
-TRACKER = "latest_checkpointed_iteration.txt"
 FILES = ("model_optim_rng.pt", "model_rng.pt")
+# Modules whose classes Megatron's checkpoints hold beside tensors: enums, random states.
+HARMLESS = re.compile(
+    r"(megatron|ascendspeed|modellink|mindspeed\w*|numpy|signal|pathlib)\..+|_codecs\.encode|_io\.BytesIO"
+)
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 Roles = dict[tuple[int | None, str], Tensor]  # (layer of the stage, role) -> tensor
-
-
-def detect(path: Path) -> bool:
-    """A directory with latest_checkpointed_iteration.txt, or with mp_rank_00 or mp_rank_00_000."""
-    return path.is_dir() and ((path / TRACKER).exists() or any(path.glob("mp_rank_00*")))
 
 
 def open_megatron(path: Path) -> Checkpoint:
@@ -57,8 +56,8 @@ def open_megatron(path: Path) -> Checkpoint:
     """
     files = _rank_files(path)
     tp, pp = len(files), len(files[0])
-    states = [[load(file) for file in stages] for stages in files]
-    said = arguments(states[0][0])
+    states = [[_load(file) for file in stages] for stages in files]
+    said = _arguments(states[0][0])
     _check_sizes(path, said, tp, pp)
     # A stage with virtual ones holds model0, model1 ...; the model goes through all stages' first ones, then the second
     virtual = [name for name in ("model", *(f"model{n}" for n in range(64))) if name in states[0][0]]
@@ -77,6 +76,7 @@ def open_megatron(path: Path) -> Checkpoint:
         if pp == 1 and (None, "output.weight") in stages[-1][0]:
             hf_config["tie_word_embeddings"] = False
     config = ModelConfig.from_hf(hf_config)
+    check_token_ids(hf_config, config.vocab_size, f"{(home or path) / 'config.json'}")
     fused = (0, "gate_up.weight") in stages[0][0]
     cut = MegatronLayout(config, tp, max(vocab, config.vocab_size), fused)
     tensors, pieces = _assembled(path, cut, stages)
@@ -85,7 +85,6 @@ def open_megatron(path: Path) -> Checkpoint:
         return sharded.assemble(tensors[name].shape, tensors[name].dtype, pieces[name], index)
 
     tensors = in_model_order(config, tensors)
-    generation = home / "generation_config.json" if home else None
     others = [home / name for name in ("config.json", "generation_config.json")] if home else []
     others += [tokens / name for name in hf.TOKENIZER_FILES] if tokens else []
     return Checkpoint(
@@ -93,7 +92,7 @@ def open_megatron(path: Path) -> Checkpoint:
         format="megatron",
         config=config,
         hf_config=hf.native_config(config, hf_config, tensors),
-        generation=read_json(generation) if generation and generation.exists() else {},
+        generation=hf.read_generation(home, config) if home else {},
         tensors=tensors,
         files=[file for rank in files for file in rank] + [file for file in others if file.exists()],
         details={"tp": tp, "pp": pp, "padded_vocab_size": vocab, "mlp": "one matrix" if fused else "gate and up"},
@@ -102,38 +101,47 @@ def open_megatron(path: Path) -> Checkpoint:
     )
 
 
+def check_megatron(source: Checkpoint, dtype: torch.dtype | None, options: MegatronOptions) -> None:
+    """Raises `UserError` for sizes that don't divide, and for what the arguments in the files can't express."""
+    _plan(source, dtype, options)
+    hf.check_hf(source, dtype, None)
+
+
+def _plan(
+    source: Checkpoint, dtype: torch.dtype | None, options: MegatronOptions
+) -> tuple[MegatronLayout, dict[str, TensorInfo], dict[str, Any]]:
+    """The layout, the tensors as they are written, and what every file holds beside the model."""
+    config, names = source.config, options.names
+    if names not in NAMINGS:
+        raise UserError(f"Megatron has no names {names!r}, only {', '.join(NAMINGS)}{nearest(names, NAMINGS)}.")
+    if config.num_hidden_layers % options.pp:
+        works = [n for n in range(1, config.num_hidden_layers + 1) if config.num_hidden_layers % n == 0]
+        raise UserError(
+            f"{config.num_hidden_layers} layers can't be split into {options.pp} pipeline stages: choose one of"
+            f" {', '.join(map(str, works))}."
+        )
+    multiple = options.make_vocab_size_divisible_by
+    vocab = padded_vocab(config.vocab_size, multiple, options.tp)
+    layout = MegatronLayout(config, options.tp, vocab, options.merge_mlp or names != "ascendspeed")
+    tensors = {name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()}
+    top: dict[str, Any] = {"checkpoint_version": 3.0}
+    if names != "ascendspeed":
+        main = getattr(torch, main_dtype(tensors))
+        args = args_from(config, tp=options.tp, pp=options.pp, multiple=multiple, vocab=vocab, dtype=main)
+        top |= {"iteration": 0, "args": args}
+    return layout, tensors, top
+
+
 def write_megatron(
-    source: Checkpoint,
-    dst: Path,
-    dtype: torch.dtype | None = None,
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    naming: str = "ascendspeed",
-    merge_mlp: bool = False,
-    multiple: int = 128,
+    source: Checkpoint, dst: Path, dtype: torch.dtype | None = None, options: MegatronOptions | None = None
 ) -> None:
     """Writes the directory `dst`, which must not exist yet; one rank's file is in memory at a time.
 
-    The vocabulary is padded to a multiple of `multiple` x `tp` by copies of its last rows. `merge_mlp`: gate and up in
-    one matrix, which the namings legacy and core always have. Raises `UserError` for sizes that don't divide.
+    The vocabulary is padded by copies of its last rows.
     """
-    config = source.config
-    if naming not in NAMINGS:
-        raise UserError(f"Megatron has no names {naming!r}, only {', '.join(NAMINGS)}{nearest(naming, NAMINGS)}")
-    if pp < 1 or config.num_hidden_layers % pp:
-        works = [n for n in range(1, config.num_hidden_layers + 1) if config.num_hidden_layers % n == 0]
-        raise UserError(
-            f"{config.num_hidden_layers} layers can't be cut into {pp} stages of a pipeline: choose one of"
-            f" {', '.join(map(str, works))}"
-        )
-    vocab = padded_vocab(config.vocab_size, multiple, max(tp, 1))
-    cut = MegatronLayout(config, tp, vocab, merge_mlp or naming != "ascendspeed")
-    tensors = {name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()}
-    top: dict[str, Any] = {"checkpoint_version": 3.0}
-    if naming != "ascendspeed":
-        kind = getattr(torch, main_dtype(tensors))
-        top |= {"iteration": 0, "args": args_from(config, tp=tp, pp=pp, multiple=multiple, vocab=vocab, dtype=kind)}
+    config, options = source.config, options or MegatronOptions()
+    layout, tensors, top = _plan(source, dtype, options)
+    tp, pp = options.tp, options.pp
     dst.mkdir()
     (dst / "release").mkdir()
     for rank in range(tp):
@@ -141,8 +149,8 @@ def write_megatron(
             folder = dst / "release" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else ""))
             folder.mkdir()
             model: dict[str, Any] = {}
-            for (layer, role), part in _stage(cut, rank, stage, pp).items():
-                *outer, last = key_of(naming, layer, role, tied=config.tie_word_embeddings)
+            for (layer, role), part in _stage(layout, rank, stage, pp).items():
+                *outer, last = key_of(options.names, layer, role, tied=config.tie_word_embeddings)
                 place = model
                 for key in outer:
                     place = place.setdefault(key, {})
@@ -178,7 +186,7 @@ def _rank_files(path: Path) -> list[list[Path]]:
     """Files by tensor-parallel rank and stage. Raises `UserError`, naming it, for a rank that isn't there."""
     folder = path
     if (path / TRACKER).exists():
-        word = (path / TRACKER).read_text(encoding="utf-8", errors="replace").strip()[:20]
+        word = read_bytes(path / TRACKER).decode(errors="replace").strip()[:20]
         if word != "release" and not word.isdecimal():
             raise UserError(f"{path / TRACKER} says {word!r}, neither 'release' nor the number of an iteration")
         folder = path / (word if word == "release" else f"iter_{int(word):07d}")
@@ -191,12 +199,39 @@ def _rank_files(path: Path) -> list[list[Path]]:
         elif entry.name.startswith("mp_rank_"):
             raise UserError(f"{entry} is of a model of experts, or none of Megatron's ranks; puna reads neither")
     if not found:
-        raise UserError(f"{folder} has no mp_rank_00: it is no checkpoint of Megatron in the `torch` format")
+        distributed = [*folder.glob("*.distcp"), *folder.glob("metadata.json")]
+        if distributed:
+            metadata = folder / "metadata.json"
+            name = (read_json(metadata) if metadata.exists() else {}).get("sharded_backend", "torch_dist")
+            raise UserError(
+                f"{folder} is a Megatron checkpoint in the {name} format, which puna does not read: save it with"
+                " --ckpt-format torch, or convert it with Megatron-LM's tools/checkpoint/convert.py."
+            )
+        raise UserError(f"{folder} has no mp_rank_00: it is not a Megatron checkpoint in the torch format.")
     tp, pp = (max(place[axis] for place in found) + 1 for axis in (0, 1))
     if lost := sorted({(rank, stage) for rank in range(tp) for stage in range(pp)} - found.keys()):
         names = [f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "") for rank, stage in lost]
         raise UserError(f"{folder} has ranks for {tp} x {pp} (tensor x pipeline) and lacks {', '.join(names[:5])}")
     return [[_file(found[rank, stage]) for stage in range(pp)] for rank in range(tp)]
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """The content of a rank's file, with placeholders for Megatron's own enums and random states."""
+    state = torch_pickle.load_objects(
+        file,
+        classes=(argparse.Namespace,),
+        placeholders=HARMLESS,
+        instead="puna reads tensors, the run's arguments and Megatron's own classes alone",
+    )
+    if not any(name in state for name in ("model", "model0")):
+        raise UserError(f"{file} is not a Megatron checkpoint: it holds no 'model'.")
+    return state
+
+
+def _arguments(state: dict[str, Any]) -> dict[str, Any]:
+    """The run's arguments that the file carries, {} when it carries none."""
+    args = state.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def _file(folder: Path) -> Path:
