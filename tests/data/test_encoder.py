@@ -7,7 +7,8 @@ from itertools import groupby
 import pytest
 
 from puna.data.encoder import LabelEncoder, MaskError
-from puna.data.handlers import Chat, Completion, Pair, RowError, Text, choose
+from puna.data.handlers.registry import get_handler
+from puna.data.samples import Chat, Completion, Pair, RowError, Text
 from puna.tokenizer import Tokenizer
 
 WORDS = ["llama", "grass\n\nwind", "(cold)", "42", "café", "高原", "it's", ":)", "🦙", "x=1;", "Dogs.", "."]
@@ -162,12 +163,12 @@ def test_alpaca_is_the_published_prompt(llama2, tiny):
     )
     tokenizer = llama2.with_template("alpaca")
     for given, prompt in ((row, with_input), (row | {"input": ""}, without)):
-        ids, labels = LabelEncoder(tokenizer).encode(choose("alpaca").convert(given)[0].content)[0]
+        ids, labels = LabelEncoder(tokenizer).encode(get_handler("alpaca").convert(given)[0].content)[0]
         assert ids == [1, *tokenizer.encode(prompt + "3", bos=False), 2] and trained(tokenizer, ids, labels) == [
             "3</s>"
         ]
     # A template that knows no "input" gets it behind the instruction, as Megatron's and LLaMA-Factory's handlers do.
-    ids, _ = LabelEncoder(tiny).encode(choose("alpaca").convert(row)[0].content)[0]
+    ids, _ = LabelEncoder(tiny).encode(get_handler("alpaca").convert(row)[0].content)[0]
     assert tiny.decode(ids, skip_special=False).startswith("<|im_start|>user\nAdd the numbers.\n1 and 2<|im_end|>")
 
 
@@ -197,7 +198,7 @@ def test_a_pair_trains_the_last_answer_of_both(tiny):
 @pytest.mark.parametrize(
     "source, error, match",
     [
-        ("{{ messages | length }}: {{ messages[-1].content }}{{ eos_token }}", MaskError, "another way once"),
+        ("{{ messages | length }}: {{ messages[-1].content }}{{ eos_token }}", MaskError, "leaves out or rewrites"),
         ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
          "{% if add_generation_prompt %}assistant{% endif %}", MaskError, "no end token"),
         ("{% for m in messages %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}",
@@ -215,6 +216,84 @@ def test_templates_that_hide_the_answers_are_refused(tiny, tmp_path, source, err
         )
 
 
+THINKING = """{%- for message in messages -%}
+{%- set content = message['content'] -%}
+{%- if message['role'] == 'assistant' and CUT -%}
+  {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{%- set after = AFTER if message['role'] == 'assistant' else '' -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + content + after + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + OPENED }}{% endif %}"""
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\\n"])
+@pytest.mark.parametrize("cut", ["false", "true", "not loop.last"])
+@pytest.mark.parametrize("after", ["", " ", "\\n"])
+def test_answers_are_found_where_prompts_are_not_prefixes(tiny, tmp_path, opened, cut, after):
+    """Templates whose prompt opens a thought, and which leave thoughts out of all or of earlier answers.
+
+    A trained answer is trained whole, with its end token; the rest is as the template renders it.
+    """
+    source = THINKING.replace("CUT", cut).replace("AFTER", f"'{after}'").replace("OPENED", f"'{opened}'")
+    (tmp_path / "t.jinja").write_text(source)
+    tokenizer = tiny.with_template(str(tmp_path / "t.jinja"))
+    end = after.replace("\\n", "\n") + "<|im_end|>"
+    rng = random.Random(source)
+    for _ in range(15):
+        chat = conversation(rng, rng.randint(1, 3))
+        for message in chat.messages:
+            if message["role"] == "assistant" and rng.random() < 0.7:
+                message["content"] = f"<think>\n{rng.choice(WORDS)} hm.\n</think>\n\n{message['content']}"
+        ends = {"assistant": end}
+        whole = [
+            f"<|im_start|>{message['role']}\n{message['content']}{ends.get(message['role'], '<|im_end|>')}\n"
+            for message in chat.messages
+        ]
+        for loss in ("all", "last"):
+            ids, labels = LabelEncoder(tokenizer, loss).encode(chat)[0]
+            wanted = [text + end for text in answers(chat)][-1 if loss == "last" else 0 :]
+            found = trained(tokenizer, ids, labels)
+            if opened:  # where the prompt opens the thought, the answer begins behind that
+                wanted = [text.removeprefix("<think>\n") for text in wanted]
+                found = [text.removeprefix("<think>\n") for text in found]
+            assert found == wanted
+            if loss == "all":
+                assert tokenizer.decode(ids, skip_special=False) == "".join(whole)
+
+
+def test_flagged_answers_are_not_trained(tiny, tmp_path):
+    """`"train": False` excludes an answer with or without {% generation %}, and no template sees the flag."""
+    (tmp_path / "t.jinja").write_text(GENERATION.replace("SEAM{% endgeneration %}", "<|im_end|>{% endgeneration %}\n"))
+    rng = random.Random(3)
+    for tokenizer in (tiny, tiny.with_template(str(tmp_path / "t.jinja"))):
+        for _ in range(10):
+            chat = conversation(rng, 3)
+            replies = [message for message in chat.messages if message["role"] == "assistant"]
+            wanted = answers(chat)
+            plain = LabelEncoder(tokenizer).encode(chat)[0][0]
+            replies[0]["train"] = False
+            ids, labels = LabelEncoder(tokenizer).encode(chat)[0]
+            assert ids == plain and trained(tokenizer, ids, labels) == [text + "<|im_end|>" for text in wanted[1:]]
+            replies[2]["train"] = False
+            with pytest.raises(RowError, match="no token to train on"):
+                LabelEncoder(tokenizer, "last").encode(chat)
+
+
+@pytest.mark.parametrize(
+    "source, cause",
+    [
+        ("{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}{{ messages | length }}", "more than once"),
+        ("{% for m in messages %}{{ m.content | length ~ m.content }}{% endfor %}{{ messages | length }}", "depending"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}{{ messages | length }}", "leaves out or rewrites"),
+    ],
+)
+def test_the_cause_of_a_refusal_is_named(tiny, tmp_path, source, cause):
+    (tmp_path / "t.jinja").write_text(source)
+    with pytest.raises(MaskError, match=cause):
+        LabelEncoder(tiny.with_template(str(tmp_path / "t.jinja"))).encode(conversation(random.Random(0), 2))
+
+
 def test_settings_reach_the_template(tiny, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ date }}" + tiny.chat_template)
     tokenizer = tiny.with_template(str(tmp_path / "t.jinja"))
@@ -228,7 +307,7 @@ def test_real_conversations_train_every_answer(shared_data, llama3):
     for name, source in (("sharegpt", table), ("moss", [json.loads(line) for line in lines])):
         for row in source:
             try:
-                chat = choose(name).convert(row)[0].content
+                chat = get_handler(name).convert(row)[0].content
             except RowError:
                 continue
             found = trained(llama3, *LabelEncoder(llama3).encode(chat)[0])

@@ -2,17 +2,24 @@
 
 import json
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from puna.data.handlers import HANDLERS, Chat, Completion, MissingField, Pair, RowError, Text, choose, detect
+from puna.data.handlers.handler import Handler, require_text
+from puna.data.handlers.registry import HANDLERS, detect, get_handler, markdown_table
 from puna.data.records import TITLE
-from puna.data.sources import Bad, chunks, find, rows
+from puna.data.samples import Chat, Completion, MissingField, Pair, RowError, Sample, Text
+from puna.data.source_files import find
+from puna.data.sources import BadRow, chunks, rows
 from puna.errors import UserError
 
 
 def contents(name, row, **kw):
-    return [sample if isinstance(sample, Bad) else sample.content for sample in choose(name, **kw).convert(row)]
+    return [sample if isinstance(sample, BadRow) else sample.content for sample in get_handler(name, **kw).convert(row)]
 
 
 def said(*turns):
@@ -130,7 +137,7 @@ def test_preference_pairs_come_in_many_forms(row):
 
 
 def test_moss_turns_are_a_sample_each_and_stay_in_one_split():
-    samples = choose("moss-turns").convert(MOSS)
+    samples = get_handler("moss-turns").convert(MOSS)
     assert [len(sample.content.messages) for sample in samples] == [2, 4, 6]
     assert all(sample.content.last for sample in samples) and len({sample.key for sample in samples}) == 1
 
@@ -154,7 +161,7 @@ def test_squad_is_the_sources_prompt():
         "paragraphs": [{"context": "c", "qas": [{"question": "q?", "answers": []}, *SQUAD["paragraphs"][0]["qas"]]}]
     }
     assert (
-        contents("squad", unanswered)[0] == Bad("a question without an answer")
+        contents("squad", unanswered)[0] == BadRow("a question without an answer")
         and len(contents("squad", unanswered)) == 3
     )
 
@@ -173,21 +180,21 @@ def test_wikitext_loses_its_spaces_where_asked():
         ("text", {"text": " \n"}, "an empty text"),
         ("alpaca", {"instruction": "x"}, "no field 'output'"),
         ("alpaca", {"instruction": "x", "output": ""}, "an empty output"),
-        ("sharegpt", {"conversations": []}, "conversations is no list of objects"),
+        ("sharegpt", {"conversations": []}, "conversations is not a list of objects"),
         ("sharegpt", {"conversations": CONVERSATION[1:]}, "no question with an answer"),
-        ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "a turn from 'alien'"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": ""}, CONVERSATION[1]]}, "an empty value"),
+        ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "the unknown role 'alien'"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": ""}, CONVERSATION[1]]}, "an empty user message"),
         ("openai", {"messages": [{"role": "user"}]}, "no field 'content'"),
         ("openai", {"messages": said(USER)}, "no answer to train on"),
-        ("openai", {"messages": said(USER, GPT), "tools": "{"}, "tools are not JSON"),
+        ("openai", {"messages": said(USER, GPT), "tools": "{"}, "tools that are not JSON"),
         ("moss", {"chat": []}, "chat is not an object of turns"),
         ("moss", {"chat": {"turn_1": None}}, "no question with an answer"),
         ("moss", {"chat": {"turn_1": {"Human": "x"}}}, "no field 'MOSS'"),
-        ("belle", {"instruction": "Hi", "output": "x"}, "instruction is not Human: and Assistant: in turn"),
+        ("belle", {"instruction": "Hi", "output": "x"}, "an instruction that is not Human: and Assistant: in turn"),
         ("squad-first", {"context": "x", "question": "y", "answers": {"text": ["z"]}}, "no field 'paragraphs'"),
         ("leetcode", {"code_with_problem": "x"}, "no field 'code_only'"),
         ("preference", {"prompt": "x", "chosen": "y"}, "no field 'rejected'"),
-        ("preference", {"chosen": "y", "rejected": "z"}, "chosen and rejected come without a prompt"),
+        ("preference", {"chosen": "y", "rejected": "z"}, "chosen and rejected without a prompt"),
     ],
 )
 def test_what_is_missing_or_wrong_has_a_reason(name, row, reason):
@@ -198,7 +205,7 @@ def test_what_is_missing_or_wrong_has_a_reason(name, row, reason):
 
 def test_nothing_falls_back():
     with pytest.raises(UserError, match="did you mean 'sharegpt'"):
-        choose("sharegtp")
+        get_handler("sharegtp")
     with pytest.raises(UserError, match="fields question, passage.*--handler"):
         detect([{"question": "x", "passage": "y"}])
     assert contents("text", {"passage": "y"}, text_field="passage") == [Text("y")]
@@ -231,7 +238,7 @@ def test_real_data_is_rejected_only_where_it_is_malformed(shared_data, name, han
     documents = "article" if handler == "wikitext" else "line"
     table = [row for chunk in chunks(source, documents) for row in rows(chunk)]
     assert handler in (None, "moss-turns") or detect(table) == handler
-    convert = choose(handler or "text", "text" if handler else "passage").convert
+    convert = get_handler(handler or "text", "text" if handler else "passage").convert
     found, reasons = [], []
     for row in table:
         try:
@@ -239,7 +246,7 @@ def test_real_data_is_rejected_only_where_it_is_malformed(shared_data, name, han
         except RowError as error:
             reasons.append(str(error))
     assert (len(found), len(reasons)) == (samples, rejected), reasons
-    assert not any(isinstance(sample, Bad) for sample in found)
+    assert not any(isinstance(sample, BadRow) for sample in found)
     if handler == "wikitext":
         text = (shared_data / name).read_text()
         assert "".join(sample.content.text for sample in found) == text[text.index(" =") :]
@@ -250,5 +257,126 @@ def test_real_data_is_rejected_only_where_it_is_malformed(shared_data, name, han
         assert [sample.content.answer for sample in found] == [qa["answers"][0]["text"] for qa in questions]
 
 
-def test_every_handler_says_what_it_reads():
-    assert all(handler.about and handler.kind in ("text", "instruction", "preference") for handler in HANDLERS.values())
+def test_the_documentation_and_the_help_list_every_handler():
+    assert markdown_table() in (Path(__file__).parents[2] / "docs/data.md").read_text()
+    assert all(name == handler.name and handler.sample and handler.fields for name, handler in HANDLERS.items())
+
+
+def test_a_handler_is_a_record_and_a_name_in_the_registry(monkeypatch):
+    """Detection, choice and errors follow from the record."""
+
+    def qa(row):
+        return [Sample(Completion(require_text(row, "q") + " ", require_text(row, "a")))]
+
+    record = Handler("qa", qa, "instruction", fields=("q", "a"), sample="a completion", needs_template=False)
+    monkeypatch.setitem(HANDLERS, "qa", record)
+    row = {"q": "Why?", "a": "So."}
+    assert detect([row]) == "qa" and contents("qa", row) == [Completion("Why? ", "So.")]
+    assert "| `qa` | `q`, `a` | a completion |" in markdown_table()
+    with pytest.raises(UserError, match="text, qa"):
+        detect([{"b": 1}])
+
+
+NAMES = sorted(
+    {name for handler in HANDLERS.values() for name in (*handler.fields, *handler.optional)}
+    | {"role", "from", "content", "value", "weight", "tool_calls", "text", "qas", "Human", "MOSS", "turn_1", "tools"}
+)
+SPELLINGS = [
+    [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}],
+    [{"from": "system", "value": ""}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+    [{"role": "system", "content": " "}, {"role": "USER", "content": "Hi"}, {"role": "Assistant", "content": "Hello."}],
+    [{"role": "prompter", "content": "Hi"}, {"role": "model", "content": "Hello."}],
+    [{"from": "Human", "content": "Hi"}, {"from": " ai ", "content": "Hello."}],
+    [{"role": "user", "value": "Hi"}, {"role": "bot", "value": "Hello.", "weight": None}],
+]
+
+
+@pytest.mark.parametrize("turns", SPELLINGS)
+@pytest.mark.parametrize("encode", [lambda turns: turns, json.dumps], ids=["list", "json"])
+def test_spellings_and_shapes_of_messages_are_one(turns, encode):
+    """Whatever the handler, the roles and keys that other tools write are read; an empty system turn is none."""
+    wanted = [Chat(said(USER, GPT))]
+    for field, name in (("messages", "openai"), ("conversations", "sharegpt")):
+        row = {field: encode(turns)}
+        assert detect([row]) == name and contents(name, row) == wanted
+    pair = {"prompt": encode(turns[:-1]), "chosen": encode(turns[-1:]), "rejected": encode(turns[-1:])}
+    assert contents("preference", pair) == [
+        Pair(Chat(wanted[0].messages, last=True), Chat(wanted[0].messages, last=True))
+    ]
+    whole = {"chosen": encode(turns), "rejected": encode(turns)}
+    assert contents("preference", whole) == contents("preference", pair)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Puno"}}}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Puno"}}'},
+        {"role": "tool_call", "content": '[{"name": "weather", "arguments": {"city": "Puno"}}]'},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+    ],
+)
+def test_tool_calls_have_one_shape(turn):
+    turns = [{"from": "human", "value": "Hi"}, turn, {"from": "observation", "value": "9"}, CONVERSATION[1]]
+    wanted = [*said(USER), {"role": "assistant", "tool_calls": [CALL]}, *said(("tool", "9"), GPT)]
+    row = {"conversations": turns, "tools": '[{"name": "weather"}]'}
+    assert contents("sharegpt", row) == [Chat(wanted, tools=[{"name": "weather"}])]
+    assert contents("openai", {"messages": turns}) == [Chat(wanted)]
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0}, {"masked": True}])
+def test_a_message_can_be_excluded_from_training(flag):
+    turns = said(USER, GPT, USER, GPT)
+    turns[1] |= flag
+    wanted = said(USER, GPT, USER, GPT)
+    wanted[1]["train"] = False
+    assert contents("openai", {"messages": turns}) == [Chat(wanted)]
+    ones = [message | {"weight": 1, "train": True, "masked": False} for message in said(GPT)]
+    assert contents("openai", {"messages": said(USER) + ones}) == [Chat(said(USER, GPT))]
+    with pytest.raises(RowError, match="no answer to train on"):
+        contents("openai", {"messages": turns[:2]})
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        ({"weight": 0.5}, "a weight of 0.5"),
+        ({"train": "yes"}, "a train of yes"),
+        ({"masked": 3}, "a masked of 3"),
+        ({"train_detail": [{"begin_offset": 0}]}, "train_detail"),
+        ({"content": [{"type": "image_url"}]}, "a part of a message that is not text"),
+        ({"role": "robot"}, "the unknown role 'robot'"),
+        ({"role": "function_call", "content": "weather()"}, "a function_call that is not JSON"),
+    ],
+)
+def test_what_a_message_asks_for_in_vain_is_a_reason(extra, reason):
+    turns = said(USER, GPT)
+    turns[1] |= extra
+    with pytest.raises(RowError, match=reason):
+        contents("openai", {"messages": turns})
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["", "x", "user", "assistant", "[]", "{", "Human: a"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=6), st.sampled_from(sorted(HANDLERS)))
+def test_no_row_stops_a_handler(row, name):
+    """Whatever a row holds, it gives samples or is rejected with a reason; detection finds a handler or says so."""
+    with suppress(RowError):
+        assert all(isinstance(sample, Sample | BadRow) for sample in get_handler(name).convert(row))
+    with suppress(UserError):
+        assert detect([row]) in HANDLERS
+
+
+def test_text_that_looks_like_messages_stays_text():
+    row = {"prompt": "[1, 2]", "chosen": '[{"a": 1', "rejected": "[]"}
+    chat = contents("preference", row)[0].chosen
+    assert chat.messages == said(("user", "[1, 2]"), ("assistant", '[{"a": 1'))

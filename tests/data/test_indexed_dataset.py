@@ -144,7 +144,7 @@ def test_another_tokenizer_is_refused(tmp_path, tiny_checkpoint):
     card = {"tokenizer": {"source": "tiny", "vocabulary": tokenizer.fingerprint(template=False)}}
     (tmp_path / "p.json").write_text(json.dumps(card))
     data = open_dataset(tmp_path / "p_train")
-    assert data.card == card
+    assert data.metadata == card
     data.check_tokenizer(tokenizer)
     data.check_tokenizer(tokenizer.with_template("vicuna"))  # the template changes no id
     card["tokenizer"]["vocabulary"] = "another"

@@ -3,10 +3,13 @@
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from puna.data import prepare, records, sources, worker, writer
 from puna.data.indexed_dataset import open_dataset
 from puna.data.options import PrepareOptions
 from puna.data.prepare import prepare as run
+from puna.data.source_files import find
 from puna.errors import UserError
 from puna.tokenizer import Tokenizer
 
@@ -49,8 +53,9 @@ def options(tmp_path, src, tokenizer, **kw):
 
 
 def files(folder):
-    """Everything in a folder by name, hidden files too."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    """Every file below a folder by its path, hidden ones too."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def test_documents_become_a_store_and_a_card(tmp_path, corpus, tokenizer):
@@ -60,7 +65,7 @@ def test_documents_become_a_store_and_a_card(tmp_path, corpus, tokenizer):
     found = {}
     for split in ("train", "validation"):
         data = open_dataset(tmp_path / f"out/P_{split}")
-        assert data.card == card and data.ids.dtype == np.uint16
+        assert data.metadata == card and data.ids.dtype == np.uint16
         data.check_tokenizer(loaded)
         found[split] = [data.sample(i)[0].tolist() for i in range(len(data))]
         counts = card["splits"][split]
@@ -124,7 +129,7 @@ def test_a_preference_has_four_stores(tmp_path, tokenizer):
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     card = run(options(tmp_path, tmp_path / "p.jsonl", tokenizer, validation=0.0))
     chosen, rejected = (open_dataset(tmp_path / f"out/P_{side}") for side in ("chosen", "rejected"))
-    assert len(chosen) == len(rejected) == card["splits"]["train"]["samples"] == 5 and chosen.card == card
+    assert len(chosen) == len(rejected) == card["splits"]["train"]["samples"] == 5 and chosen.metadata == card
     loaded = Tokenizer.load(tokenizer)
     for data, answer in ((chosen, "Good."), (rejected, "Bad, bad.")):
         ids, labels = data.sample(3)
@@ -168,9 +173,9 @@ def test_killed_it_goes_on(tmp_path, corpus, tokenizer, small, monkeypatch, caps
     monkeypatch.setattr(worker, "encode_chunk", lambda *a, f=worker.encode_chunk: asked.append(1) or f(*a))
     assert run(options(tmp_path, corpus[0], tokenizer, out=out / "P")) == plain
     assert files(out) == files(tmp_path / "plain")
-    chunks = len(list(sources.chunks(sources.find([str(corpus[0])])[0])))
+    chunks = len(list(sources.chunks(find([str(corpus[0])])[0])))
     assert len(asked) == chunks - 8 + 1  # 5 and 3 were done, and the first rows are tried
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", [0, 100])
@@ -231,15 +236,123 @@ def _stop(now):
 
 
 def test_killed_while_all_is_put_in_place(tmp_path, corpus, tokenizer, small, monkeypatch):
-    monkeypatch.setattr(writer, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(prepare, "_card", lambda *args: _stop(True))
-    with pytest.raises(KeyboardInterrupt):
-        run(options(tmp_path, corpus[0], tokenizer))
-    (tmp_path / "out/.P_train_text_document.bin.part").rename(tmp_path / "out/P_train_text_document.bin")
-    monkeypatch.undo()
+    """The next run of any kind completes the move, whatever had been moved, and the same command is done then."""
+    plain = run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "plain/P"))
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    for moved in range(5):
+        run(options(tmp_path, tmp_path / "chats.jsonl", tokenizer, overwrite=True))
+        replaced = []
+
+        def replace(source, target, f=os.replace, replaced=replaced, moved=moved):
+            if len(replaced) == moved:
+                os._exit(9)
+            replaced.append(target)
+            f(source, target)
+
+        child = os.fork()
+        if not child:
+            writer.os = SimpleNamespace(**{**vars(os), "replace": replace})
+            writer.write_json = lambda path, content, f=writer.write_json: (
+                os._exit(9) if path.name == "P.json" else f(path, content)
+            )
+            run(options(tmp_path, corpus[0], tokenizer, overwrite=True))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        if moved % 2:
+            assert run(options(tmp_path, corpus[0], tokenizer)) == plain
+        else:
+            with pytest.raises(UserError, match="exists already"):
+                run(options(tmp_path, tmp_path / "chats.jsonl", tokenizer))
+        assert files(tmp_path / "out") == files(tmp_path / "plain")
+
+
+def test_finished_data_stay_until_their_replacement_is_complete(tmp_path, corpus, tokenizer, small, monkeypatch):
+    """A preparation that fails at any point before the publication leaves the data that it was to replace."""
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    run(options(tmp_path, tmp_path / "chats.jsonl", tokenizer))
+    before = files(tmp_path / "out")
+    for name, fail in (
+        ("finalize", lambda self, f=writer.IndexedDatasetBuilder.finalize: f(self) or _stop(self.bin.name[2] == "v")),
+        ("extend", lambda self, *args: _stop(True)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.IndexedDatasetBuilder, name, fail)
+            with pytest.raises(KeyboardInterrupt):
+                run(options(tmp_path, corpus[0], tokenizer, overwrite=True))
+        assert files(tmp_path / "out") == before
+    run(options(tmp_path, corpus[0], tokenizer, overwrite=True))
+    assert files(tmp_path / "out").keys() == {"P.json"} | {
+        f"P_{split}_text_document.{end}" for split in ("train", "validation") for end in ("bin", "idx")
+    }
+
+
+def test_two_preparations_of_one_name(tmp_path, corpus, tokenizer, small, monkeypatch):
+    """The second is refused while the first is at work; what appears meanwhile by other means is not overwritten."""
+    original, calls = worker.encode_chunk, []
+
+    def second(*args):
+        monkeypatch.setattr(worker, "encode_chunk", original)
+        with pytest.raises(UserError, match="Another process is preparing data under"):
+            run(options(tmp_path, corpus[0], tokenizer, overwrite=True))
+        run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "out/Q"))  # another name in the same folder
+        return original(*args)
+
+    monkeypatch.setattr(worker, "encode_chunk", second)
     run(options(tmp_path, corpus[0], tokenizer))
-    run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "plain/P"))
-    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    after = files(tmp_path / "out")
+    assert len(after) == 10 and all(after[name] == after["Q" + name[1:]] for name in after if name[0] == "P")
+
+    def appears(*args):
+        calls.append(1)
+        if len(calls) == 1:  # the first rows are tried
+            return original(*args)
+        monkeypatch.setattr(worker, "encode_chunk", original)
+        run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "out/R_train", validation=0.0, append_eos=False))
+        return original(*args)
+
+    monkeypatch.setattr(worker, "encode_chunk", appears)
+    with pytest.raises(UserError, match="R_train_text_document.bin appeared"):
+        run(options(tmp_path, corpus[0], tokenizer, out=tmp_path / "out/R"))
+    assert len(open_dataset(tmp_path / "out/R_train")) == len(corpus[1])
+
+
+ORPHANS = """
+import sys, time
+from pathlib import Path
+from puna.data import prepare, records, worker
+from puna.data.options import PrepareOptions
+prepare.SMALL, records.CHUNK_BYTES = 0, 2000
+def slow(chunk):
+    Path(sys.argv[4], str(worker.os.getpid())).touch()
+    time.sleep(600)
+if __name__ == "__main__":
+    worker.work = slow
+    prepare.prepare(PrepareOptions(src=(sys.argv[1],), out=Path(sys.argv[2]), tokenizer=sys.argv[3], workers=2))
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(tmp_path, corpus, tokenizer):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    (tmp_path / "pids").mkdir()
+    command = [sys.executable, "orphans.py", str(corpus[0]), "out/P", tokenizer, str(tmp_path / "pids")]
+    with subprocess.Popen(command, cwd=tmp_path) as parent:
+        while len(workers := list((tmp_path / "pids").iterdir())) < 2:
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    for path in workers:  # much sooner than the ten minutes that they have to do; pytest's own limit is the bound
+        while _running(int(path.name)):
+            time.sleep(0.05)
+
+
+def _running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_nothing_of_what_is_replaced_stays(tmp_path, corpus, tokenizer):
@@ -249,7 +362,7 @@ def test_nothing_of_what_is_replaced_stays(tmp_path, corpus, tokenizer):
     stores = {f"P{store}.{end}" for store in ("_input_ids_document", "_labels_document") for end in ("bin", "idx")}
     assert set(files(tmp_path / "out")) == stores | {"P.json"}
     (tmp_path / "corpus.json").write_text(json.dumps(CHATS))
-    with pytest.raises(UserError, match="corpus.json is no card of prepared data"):  # it is the source itself
+    with pytest.raises(UserError, match="corpus.json was not written by puna data prepare"):  # it is the source itself
         run(options(tmp_path, tmp_path / "corpus.json", tokenizer, out=tmp_path / "corpus", overwrite=True))
     (tmp_path / "out/P.json").unlink()
     with pytest.raises(UserError, match="exists already"):
@@ -265,8 +378,51 @@ def test_malformed_rows_are_counted_and_named(tmp_path, tokenizer, capsys):
     assert card["splits"]["train"]["samples"] == 3 and sum(card["rejected"].values()) == 7
     assert card["rejected"]["malformed JSON"] == card["rejected"]["not a JSON object"] == 1
     assert card["rejected"]["the text holds the special token <|im_end|>"] == 3
-    assert card["rejected_rows"][0] == f"{tmp_path}/a.jsonl, row 2: malformed JSON" and len(card["rejected_rows"]) == 5
-    assert "rejected 3 of 10 rows" in capsys.readouterr().err
+    assert card["rejected"]["the unknown role 'robot'"] == 1
+    assert f"{tmp_path}/a.jsonl, row 2: malformed JSON" in card["rejected_rows"]
+    assert len(card["rejected_rows"]) == len(card["rejected"]) == 5  # an example of every reason
+    notes = capsys.readouterr().err
+    assert f"3 rejected for the text holds the special token <|im_end|> (first {tmp_path}/a.jsonl, row 8)" in notes
+    assert "7 rejected of 10 rows" in notes
+
+
+def test_the_reasons_of_rejected_rows_are_bounded(tmp_path, tokenizer):
+    rows = [{"messages": [{"role": f"r{i}", "content": "x"}]} for i in range(150)] + [CHATS[0]]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    card = run(options(tmp_path, tmp_path / "a.jsonl", tokenizer, validation=0.0))
+    assert len(card["rejected"]) == 101 and card["rejected"]["other reasons"] == 50
+
+
+def test_what_messages_ask_for_is_done_or_noted(tmp_path, tokenizer, capsys):
+    rows = [json.loads(json.dumps(CHATS[0])) for _ in range(3)]
+    rows[0]["messages"][1]["reasoning_content"] = "Hm."
+    rows[1]["messages"][1]["reasoning_content"] = ""
+    rows[1]["messages"][0]["weight"] = 1
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    card = run(options(tmp_path, tmp_path / "a.jsonl", tokenizer, validation=0.0))
+    assert card["rejected"] == {} and card["notes"] == {
+        "messages have the key 'reasoning_content', which the chat template does not read": 1,
+        "user messages ask to be trained, but only answers are": 1,
+    }
+    assert "note: 1 messages have the key 'reasoning_content'" in capsys.readouterr().err
+
+
+def test_rendered_conversations_are_text_or_tokens(tmp_path, tokenizer, capsys):
+    """Special tokens that documents spell: noted and plain text, or recognised and not doubled."""
+    loaded = Tokenizer.load(tokenizer)
+    texts = ["<|im_start|>user\nHi<|im_end|>\n", f"{loaded.token(loaded.bos_id)}Hello", "plain"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    card = run(options(tmp_path, tmp_path / "a.jsonl", tokenizer, validation=0.0))
+    assert list(card["notes"].values()) == [2] and "--special-tokens" in capsys.readouterr().err
+    data = open_dataset(tmp_path / "out/P")
+    assert data.sample(0)[0].tolist() == [*loaded.encode(texts[0], special=False), loaded.eos_id]
+    given = options(tmp_path, tmp_path / "a.jsonl", tokenizer, validation=0.0, overwrite=True, special_tokens=True)
+    assert run(given)["notes"] == {}
+    data = open_dataset(tmp_path / "out/P")
+    ids = [data.sample(i)[0].tolist() for i in range(3)]
+    assert ids[0] == loaded.encode(texts[0]) and ids[0].count(loaded.id("<|im_end|>")) == 1
+    assert ids[1].count(loaded.bos_id) == 1 and ids[1][-1] == loaded.eos_id
+    assert ids[2] == [*loaded.encode("plain"), loaded.eos_id]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +435,7 @@ def test_malformed_rows_are_counted_and_named(tmp_path, tokenizer, capsys):
         ("e.jsonl", json.dumps({"messages": [{**turn, "content": "\ud800"} for turn in CHATS[0]["messages"]]}).encode(),
          {"half of a surrogate pair"}),
         ("f.jsonl", b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{}]}]}',
-         {"the chat template knows no tool calls"}),
+         {"tool calls, which the chat template does not render"}),
     ],
 )  # fmt: skip
 def test_a_bad_row_never_stops_the_others(tmp_path, tokenizer, name, content, reasons):
@@ -299,15 +455,19 @@ def test_what_cannot_be_prepared_is_said(tmp_path, corpus, tokenizer):
         assert not (tmp_path / "out").exists() or not files(tmp_path / "out")
 
     refused("no readable row")
-    refused("there are no rows", handler="text")
+    refused("must be a positive integer", {"text": "x"}, workers=-3)
+    refused("must be a positive integer", {"text": "x"}, workers=0)
+    refused("it has no rows", handler="text")
     refused(
-        "no field 'output', the handler alpaca needs it; there are instruction", {"instruction": "x"}, handler="alpaca"
+        "no field 'output', which the handler alpaca needs; there are instruction",
+        {"instruction": "x"},
+        handler="alpaca",
     )
-    refused("no handler fits rows with the fields a", {"a": 1})
+    refused("No handler reads rows with the fields a", {"a": 1})
     refused("did you mean 'alpaca'", {"a": 1}, handler="alpca")
-    refused("1 times an empty text", {"text": " "})
-    refused("share from 0 up to 1", {"text": "x"}, validation=1.0)
-    refused("another way once it goes on", CHATS[1], template=str(_bad_template(tmp_path)))
+    refused("1 rejected for an empty text .first .*a.jsonl, row 1", {"text": " "})
+    refused("at least 0 and below 1", {"text": "x"}, validation=1.0)
+    refused("leaves out or rewrites an answer", CHATS[1], template=str(_bad_template(tmp_path)))
     bare = tmp_path / "bare"
     bare.mkdir()
     settings = json.loads((Path(tokenizer) / "tokenizer_config.json").read_text())
@@ -316,6 +476,17 @@ def test_what_cannot_be_prepared_is_said(tmp_path, corpus, tokenizer):
     with pytest.raises(UserError, match="no chat template: choose the one to train it with by --template"):
         (tmp_path / "a.jsonl").write_text(json.dumps(CHATS[0]))
         run(options(tmp_path, tmp_path / "a.jsonl", str(bare)))
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    for out, match in (
+        (Path("."), "is a folder"),
+        (Path(".."), "is a folder"),
+        (Path("/"), "is a folder"),
+        (tmp_path, "is a folder: give the prefix of files in it"),
+        (corpus[0] / "P", "No file can be written under"),
+        (tmp_path / "dangling/P", "No file can be written under"),
+    ):
+        with pytest.raises(UserError, match=match):
+            run(options(tmp_path, corpus[0], tokenizer, out=out))
     run(options(tmp_path, corpus[0], tokenizer))
     with pytest.raises(UserError, match="exists already"):
         run(options(tmp_path, corpus[0], tokenizer))
@@ -331,7 +502,7 @@ def _bad_template(tmp_path):
 @pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(tmp_path, corpus, tokenizer, small, monkeypatch):
     monkeypatch.setattr(prepare.worker, "work", _die)
-    with pytest.raises(UserError, match="a worker process was killed"):
+    with pytest.raises(UserError, match="A worker process was killed"):
         run(options(tmp_path, corpus[0], tokenizer, workers=2))
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from puna.data import records, sources
 from puna.data.json_stream import json_texts
-from puna.data.sources import Bad, Source, chunks, find, rows
+from puna.data.source_files import Source, find
+from puna.data.sources import BadRow, chunks, rows
 from puna.errors import UserError
 
 ROWS = [{"text": f"row {i}: naïve café 高原 \U0001f999", "n": i, "more": {"a": [i, None]}} for i in range(300)]
@@ -68,7 +70,7 @@ def test_csv(tmp_path, name):
     writer.writerows(table)
     assert read(pack(tmp_path / name, text.getvalue().encode())) == table
     path = pack(tmp_path / "bad.csv", b"a,b\n1,2\n1,2,3\n4\n")
-    assert read(path) == [{"a": "1", "b": "2"}, Bad("more fields than the header names"), {"a": "4", "b": None}]
+    assert read(path) == [{"a": "1", "b": "2"}, BadRow("more fields than the header names"), {"a": "4", "b": None}]
 
 
 def test_parquet_and_arrow(tmp_path):
@@ -140,23 +142,92 @@ def test_rows_that_cannot_be_read_are_named_and_skipped(tmp_path):
     path = pack(
         tmp_path / "a.jsonl", b"\n".join([good, b'{"text": ', b"[1]", b'{"text": "\xff"}', b"", good, b"{" * 5000])
     )
-    bad = [Bad("malformed JSON"), Bad("not a JSON object"), Bad("not UTF-8")]
-    assert read(path) == [{"text": "a"}, *bad, {"text": "a"}, Bad("malformed JSON")]
-    whole = json.dumps(ROWS).encode()
-    cut = read(pack(tmp_path / "cut.json", whole[: len(whole) // 2]))
-    assert cut[:-1] == ROWS[: len(cut) - 1] and len(cut) > 140 and cut[-1] == Bad("malformed JSON")
+    bad = [BadRow("malformed JSON"), BadRow("not a JSON object"), BadRow("not UTF-8")]
+    assert read(path) == [{"text": "a"}, *bad, {"text": "a"}, BadRow("malformed JSON")]
     assert read(pack(tmp_path / "b.json", b'[{"text": "a"}, 3, {"text": "\xff"}]')) == [{"text": "a"}, *bad[1:]]
     assert read(pack(tmp_path / "empty.json", b"")) == read(pack(tmp_path / "empty.jsonl", b"")) == []
 
 
-def test_a_cut_archive_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(LINES.encode())[:-20])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.zst", "a.json", "b.json", "c.json", "a.csv", "a.csv.gz"]
+)
+def test_a_truncated_file_is_refused(tmp_path, name):
+    """Every format that can tell: wherever the file is cut, its rows are never taken for all."""
+    whole = {"a.json": json.dumps(ROWS), "b.json": json.dumps({"data": ROWS}), "c.json": json.dumps(ROWS, indent=2)}
+    quoted = "a,b\n" + "".join(f'"{i}","line {i}\nand more"\n' for i in range(50))
+    text = quoted if "csv" in name else whole.get(name, LINES)
+    path = pack(tmp_path / name, text.encode())
+    data = path.read_bytes()
+    assert read(path)
+    ends = [len(data) // 3, len(data) // 2, len(data) - 20]
+    if name.endswith("json"):
+        ends += [data.index(b"},") + 1, data.index(b"},") + 2, data.rindex(b"]")]  # between two rows
+    if name == "a.csv":
+        ends = [data.rindex(b"and"), data.index(b'"line 7') + 3]
+    for end in ends:
+        path.write_bytes(data[:end])
+        with pytest.raises(UserError, match="damaged or cut short"):
+            read(path)
+
+
+def test_frames_of_zstandard_follow_one_another(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    lines = LINES.encode().splitlines(keepends=True)
+    frames = [zstandard.compress(b"".join(lines[start : start + 100])) for start in range(0, len(lines), 100)]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(frames))
+    assert read(path) == ROWS
+    path.write_bytes(b"".join(frames)[:-5])
     with pytest.raises(UserError, match="cut short"):
         read(path)
-    path.write_bytes(b"not gzip")
-    with pytest.raises(UserError, match="damaged"):
-        read(path)
+    path.write_bytes(zstandard.compress(b" " * (64 << 20) + LINES.encode()))
+    tracemalloc.start()
+    read(path, "line")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 << 20  # a line of 64 MiB, and no more than a few copies of it
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"no archive at all")
+        with pytest.raises(UserError, match="damaged"):
+            read(tmp_path / name)
+
+
+def save_to_disk(folder, rows_, cache=False):
+    """What datasets.save_to_disk writes; `cache` adds a file of the same rows that `map` leaves behind."""
+    pyarrow = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows_)
+    for name in ["data-00000-of-00001.arrow", *(["cache-0123456789abcdef.arrow"] if cache else [])]:
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as writer:
+            writer.write_table(table)
+    (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "description": "x" * 99_999}))
+    files = [{"filename": "data-00000-of-00001.arrow"}]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": "train"}))
+
+
+def test_a_dataset_saved_to_disk_is_its_tables(tmp_path, capsys):
+    save_to_disk(tmp_path / "one", ROWS[:5], cache=True)
+    assert read(tmp_path / "one") == ROWS[:5] and capsys.readouterr().err == ""
+    for split in ("train", "test"):
+        save_to_disk(tmp_path / "both" / split, ROWS[:3])
+    (tmp_path / "both/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert read(tmp_path / "both") == ROWS[:3] * 2
+    assert "several splits (test, train)" in capsys.readouterr().err
+    (tmp_path / "one/state.json").write_text("{")
+    assert read(tmp_path / "one") == ROWS[:5] * 2
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path, capsys):
+    for name, size in (("train.jsonl", 1), ("a.json", 0), ("b.json", 0), ("validation.jsonl", 1), ("x.xz", 1)):
+        (tmp_path / name).write_text("{}\n" * 50 * size)
+    (tmp_path / "README.md").write_text("about")
+    assert [Path(source.name).name for source in find([str(tmp_path)])] == ["train.jsonl", "validation.jsonl"]
+    notes = capsys.readouterr().err
+    assert "the 2 jsonl files are read, a.json, b.json, x.xz skipped" in notes
+    assert "several splits (train, valid)" in notes and "README" not in notes
 
 
 def test_files_folders_and_globs(tmp_path):
@@ -174,9 +245,9 @@ def test_files_folders_and_globs(tmp_path):
     (tmp_path / "none").mkdir()
     for wrong, message in (
         ("x.zip", "format"),
-        ("no*.txt", "no file matches"),
-        ("no.txt", "no file"),
-        ("none", "folder"),
+        ("no*.txt", "No file matches"),
+        ("no.txt", "There is no file"),
+        ("none", "holds no file"),
     ):
         with pytest.raises(UserError, match=message):
             names(wrong)
@@ -196,7 +267,7 @@ def test_a_hub_dataset_is_streamed(monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'puna\[data\]'"):
         read("org/name")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"reading a\.parquet needs the package pyarrow: pip install 'puna\[data\]'"):
+    with pytest.raises(UserError, match=r"Reading a\.parquet needs the package pyarrow: pip install 'puna\[data\]'"):
         list(chunks(Source("a.parquet", "parquet")))
 
 

@@ -10,7 +10,7 @@ def run(options: PrepareOptions) -> None:
     from puna.data.prepare import prepare
     from puna.data.writer import prefix_of
 
-    card = prepare(options)
-    for split, counts in card["splits"].items():
+    metadata = prepare(options)
+    for split, counts in metadata["splits"].items():
         numbers = f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {counts['trained']:,} trained"
         print(f"{prefix_of(options, split)}: {numbers}, longest {counts['longest']:,}")

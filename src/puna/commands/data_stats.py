@@ -19,15 +19,15 @@ class StatsOptions:
 
     prefix: tuple[str, ...] = argument("prefixes of the data")
     plot: Path | None = option(None, "draw the lengths as a histogram (PNG)")
-    seq_len: int | None = option(None, "also say how well rows of this length are packed")
+    seq_len: int | None = option(None, "also count the rows of this length that the samples pack into")
 
 
 def run(options: StatsOptions) -> None:
-    """The verb: print a table with a column for each dataset, and draw the lengths where that is asked for."""
-    from puna.data.indexed_dataset import open_dataset
+    """Prints a table with a column for each dataset, two for preference data, and draws the lengths if asked to."""
+    from puna.data.indexed_dataset import open_datasets
     from puna.data.stats import facts, plot
 
-    datasets = [open_dataset(prefix) for prefix in options.prefix]
+    datasets = [data for prefix in options.prefix for data in open_datasets(prefix)]
     columns = [facts(data, options.seq_len) for data in datasets]
     rows = [["", *(Path(data.prefix).name for data in datasets)]]
     rows += [[name, *(column[name] for column in columns)] for name in columns[0]]

@@ -30,8 +30,9 @@ BLOCK = 1 << 20  # entries of the index that are looked at together
 SAMPLED = 64  # pages of a store that its fingerprint reads
 IGNORED = -100  # the label of a token that is not trained
 TEXT, IDS, LABELS = "_text_document", "_input_ids_document", "_labels_document"
-PARTS = re.compile(r"(_train|_validation)?(_chosen|_rejected)?$")  # what a prefix adds to that of its card
-MAX_CARD = 64 << 20
+SIDES = ("chosen", "rejected")  # the two sequences of a preference
+PARTS = re.compile(r"(_train|_validation)?(_chosen|_rejected)?$")  # what a prefix adds to that of its metadata
+MAX_METADATA = 64 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -85,12 +86,12 @@ class Dataset:
     """The samples under a prefix, as `puna data prepare` or Megatron-LM wrote them.
 
     Text is `PREFIX_text_document`; instruction data `PREFIX_input_ids_document` and `PREFIX_labels_document`, where a
-    label is its token or -100. `lengths` is int32 [samples]; `card` what prepare wrote down, {} without a card.
+    label is its token or -100. `lengths` is int32 [samples]; `metadata` what prepare wrote, {} without any.
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        self.card = read_card(prefix)
+        self.metadata = read_metadata(prefix)
         self.ids = IndexedDataset(prefix + (TEXT if Path(f"{prefix}{TEXT}.idx").exists() else IDS))
         self.labels = None if self.ids.prefix.endswith(TEXT) else IndexedDataset(prefix + LABELS)
         self.lengths = self.ids.lengths
@@ -109,16 +110,16 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """sha256 that changes with the samples, their order or their tokenizer. Reads the index and some pages."""
-        digest = hashlib.sha256(json.dumps(self.card.get("tokenizer"), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.metadata.get("tokenizer"), sort_keys=True).encode())
         for store in (self.ids, self.labels):
             digest.update(b"" if store is None else store.identity())
         return digest.hexdigest()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """UserError when the samples were made with another vocabulary. Without a card nothing is known."""
-        made = self.card.get("tokenizer", {}).get("vocabulary")
+        """UserError when the samples were made with another vocabulary. Without metadata nothing is known."""
+        made = self.metadata.get("tokenizer", {}).get("vocabulary")
         if made not in (None, tokenizer.fingerprint(template=False)):
-            name = self.card["tokenizer"].get("source", "another tokenizer")
+            name = self.metadata["tokenizer"].get("source", "another tokenizer")
             raise UserError(
                 f"{self.prefix} was made with the tokenizer of {name}, which is not the model's: "
                 "prepare the data again with this model as --tokenizer"
@@ -140,17 +141,24 @@ def open_dataset(prefix: str | Path) -> Dataset:
     return Dataset(name)
 
 
-def read_card(prefix: str) -> dict[str, Any]:
-    """What `puna data prepare` wrote beside the data, {} when there is no card."""
+def open_datasets(prefix: str | Path) -> list[Dataset]:
+    """The dataset under a prefix, or the chosen and the rejected sequences of preference data."""
+    if all(Path(f"{prefix}_{side}{IDS}.idx").exists() for side in SIDES):
+        return [open_dataset(f"{prefix}_{side}") for side in SIDES]
+    return [open_dataset(prefix)]
+
+
+def read_metadata(prefix: str) -> dict[str, Any]:
+    """What `puna data prepare` wrote beside the data, {} when there is nothing."""
     for path in (Path(f"{prefix}.json"), Path(PARTS.sub("", prefix) + ".json")):
         if path.is_file():
             try:
-                card = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_CARD else None
+                content = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_METADATA else None
             except ValueError:
-                card = None
-            if not isinstance(card, dict):
+                content = None
+            if not isinstance(content, dict):
                 raise UserError(f"{path} is damaged: it holds no JSON object; prepare the data again")
-            return card
+            return content
     return {}
 
 

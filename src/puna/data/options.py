@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
+from puna.data.handlers.registry import HANDLERS
 from puna.options import CHECKPOINT, argument, option
 
 
@@ -13,10 +14,9 @@ from puna.options import CHECKPOINT, argument, option
 class PrepareOptions:
     """Tokenise raw files into training data.
 
-    Writes Megatron's .bin/.idx, and a JSON card with their metadata. Reads .jsonl, .json, .csv, .txt, .parquet and
-    .arrow, plain or as .gz or .zst: files, folders, globs, and datasets of the Hugging Face Hub. Handlers: text,
-    wikitext, wikitext-clean, alpaca, sharegpt, vicuna, openai, moss, moss-turns, belle, squad, squad-first, leetcode,
-    preference. Killed, the same command goes on where it was.
+    Writes Megatron's .bin/.idx, and their metadata as JSON. Reads .jsonl, .json, .csv, .txt, .parquet and .arrow, plain
+    or as .gz or .zst: files, folders, globs, and datasets of the Hugging Face Hub. After a kill the same command
+    resumes.
 
     Examples:
       puna data prepare corpus/*.txt --out data/corpus --tokenizer smollm2-135m-instruct
@@ -28,7 +28,7 @@ class PrepareOptions:
     src: tuple[str, ...] = argument("files, folders, globs or Hub datasets (org/name)")
     out: Path = option(MISSING, "prefix of what is written: OUT_train_text_document.bin, OUT.json and so on")
     tokenizer: str = option(MISSING, CHECKPOINT + ", or a tokenizer file; its template is used too")
-    handler: str = option("auto", "what the rows are; auto looks at their fields and says what it found")
+    handler: str = option("auto", f"format of the rows: {', '.join(HANDLERS)}; auto detects it by their fields")
     template: str | None = option(
         None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
     )
@@ -36,10 +36,11 @@ class PrepareOptions:
         None, "variables for the template, as in '{date_string: 26 Jul 2024}'"
     )
     loss: Literal["all", "last"] = option("all", "which answers of a conversation are trained")
-    text_field: str = option("text", "handler text: the field that holds the document")
-    documents: Literal["line", "paragraph", "file"] = option("line", "what a document is in a text file")
+    text_field: str = option("text", "handler text: the field of the document")
+    documents: Literal["line", "paragraph", "file"] = option("line", "unit of text files that is a document")
     append_eos: bool = option(True, "leave out the EOS after every document")
-    validation: float = option(0.01, "share of the samples, by their hash, kept apart for validation; 0 is no split")
+    special_tokens: bool = option(False, "recognise special tokens that documents spell, as rendered conversations do")
+    validation: float = option(0.01, "fraction of the samples, by their hash, held out for validation; 0 for no split")
     workers: int | None = option(None, "processes; all cores when not given")
     engine: Literal["local", "ray"] = option(
         "local", "ray: as a Ray Data job on the cluster that this machine belongs to"

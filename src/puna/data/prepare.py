@@ -1,8 +1,8 @@
-"""Raw files to token stores, over all cores, at constant memory, and on from where it was killed.
+"""Preparation of training data: raw files to token stores, over all cores, at constant memory, resumable.
 
-Chunks are encoded by worker processes and written by this one in the order of the sources, so that the bytes are the
-same whatever the number of workers. Every now and then what is written is brought to the disk and a manifest says how
-far that is; a second run of the same command cuts the files to that place and goes on.
+Chunks are encoded by worker processes and written by this one in the order of the sources, so that the bytes don't
+depend on the number of workers. Every 20 seconds the stores are synced to the disk and a state records their length;
+a second run of the same command truncates them to that length and resumes.
 """
 
 from __future__ import annotations
@@ -21,49 +21,85 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from puna.data import handlers, sources, worker
+from puna.data import sources, worker
 from puna.data.encoder import LabelEncoder
-from puna.data.indexed_dataset import MAX_CARD
+from puna.data.handlers.registry import detect, get_handler
+from puna.data.indexed_dataset import MAX_METADATA
 from puna.data.options import PrepareOptions
-from puna.data.sources import Chunk, Source
+from puna.data.samples import MissingField, RowError
+from puna.data.source_files import Source, find
+from puna.data.sources import Chunk
 from puna.data.worker import Encoded, Job
-from puna.data.writer import Output, Stats, all_stores
+from puna.data.writer import (
+    PUBLICATION,
+    Output,
+    Stats,
+    complete_publication,
+    identity_of,
+    metadata_path,
+    outputs,
+    staging,
+)
 from puna.errors import UserError
 from puna.files import sha256
 from puna.progress import meter
 from puna.tokenizer import Tokenizer
+from puna.tokenizer.builtin_templates import BUILTIN
 from puna.weights import hub
 from puna.weights.open import open_checkpoint
 
-SMALL = 4 << 20  # bytes of input that are done sooner than a worker starts
+SMALL = 4 << 20  # bytes of input that are encoded before a worker would have started
 PROBED = 100  # rows that are tried before the work begins
 VERSION = 1
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:
-    """Prepare the data as `options` say and return their card. Raises UserError for whatever the user can put right."""
-    card_path = options.out.with_name(options.out.name + ".json")
-    manifest = options.out.with_name(f".{options.out.name}.prepare.json")
-    there = [path for path in (card_path, *all_stores(options.out)) if path.exists()]
-    if there and not options.overwrite and not manifest.exists():
-        raise UserError(f"{there[0]} exists already: choose another --out, or add --overwrite")
-    if card_path in there and not _is_card(card_path):
-        raise UserError(f"{card_path} is no card of prepared data: choose another --out, or remove it yourself")
+    """Prepare the data as `options` say and return their metadata. Raises UserError for whatever the user can correct.
+
+    Nothing finished is touched before all of its replacement is complete on the disk.
+    """
+    out = options.out
+    if out.name in ("", "..") or out.is_dir():
+        raise UserError(f"--out {out} is a folder: give the prefix of files in it, as {out / 'NAME'}.")
     if not 0 <= options.validation < 1:
-        raise UserError(f"--validation is a share from 0 up to 1, not {options.validation}")
+        raise UserError(f"--validation is a fraction of at least 0 and below 1, not {options.validation}.")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers must be a positive integer, not {options.workers}.")
+    _check_free(out, options.overwrite or (out.absolute().with_name(f".{out.name}.prepare") / PUBLICATION).exists())
     tokenizer = load_tokenizer(options.tokenizer, options.template)
-    found = sources.find(options.src, subset=options.subset, split=options.split, revision=options.revision)
-    name, documents = _choose(options, found)
-    encoder = LabelEncoder(tokenizer, options.loss, options.append_eos, options.template_values)
-    job = Job(encoder, name, options.text_field, options.validation)
-    _check(job, found, documents)
-    facts = _facts(job, found, documents)
+    with staging(out) as folder:
+        recovered = complete_publication(folder, out)
+        found = find(options.src, subset=options.subset, split=options.split, revision=options.revision)
+        name, documents = _choose(options, found)
+        encoder = LabelEncoder(
+            tokenizer, options.loss, options.append_eos, options.template_values, options.special_tokens
+        )
+        job = Job(encoder, name, options.text_field, options.validation)
+        _check(job, found, documents)
+        facts = _facts(job, found, documents)
+        if recovered and recovered["identity"] == identity_of(facts):
+            print("completed the preparation that was killed while its files were moved into place", file=sys.stderr)
+            metadata: dict[str, Any] = recovered["metadata"]
+            return metadata
+        _check_free(out, options.overwrite)
+        return _run(options, job, found, documents, facts, folder)
+
+
+def _run(
+    options: PrepareOptions,
+    job: Job,
+    found: list[Source],
+    documents: sources.Documents,
+    facts: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Encode, write and publish all chunks that aren't done yet."""
     cores = options.workers or _cores()
     if options.engine == "ray":
         from puna.data.ray_engine import encoded
     else:
         encoded = encoded_here
-    with Output(options, job, facts, manifest) as output:
+    with Output(options, job, facts, folder) as output:
         work = encoded(job, found, documents, cores, output.stats.chunks)
         with meter("Preparing", unit="tok") as advance, closing(work):
             for source, result in work:
@@ -71,19 +107,30 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
                 advance(result.tokens)
         stats = output.stats
         if not stats.counts:
-            reasons = "; ".join(f"{count:,} times {reason}" for reason, count in stats.rejected.most_common(3))
-            raise UserError(f"no sample in {', '.join(options.src)}: {reasons or 'there are no rows'}")
-        card = _card(options, job, facts, stats, _hashes(found, cores))
-        output.publish(card_path, card)
-    _report(card, found, stats)
-    return card
+            reasons = "; ".join(_rejections(stats)[:3])
+            raise UserError(f"There is no sample in {', '.join(options.src)}: {reasons or 'it has no rows'}.")
+        metadata = _metadata(options, job, facts, stats, _hashes(found, cores))
+        output.publish(metadata)
+    _report(metadata, found, stats)
+    return metadata
 
 
-def _is_card(path: Path) -> bool:
+def _check_free(out: Path, overwrite: bool) -> None:
+    """UserError when there are data under the prefix that must not be replaced."""
+    there = outputs(out)
+    if there and not overwrite:
+        raise UserError(f"{there[0]} exists already: choose another --out, or add --overwrite.")
+    if metadata_path(out) in there and not _is_metadata(metadata_path(out)):
+        raise UserError(
+            f"{metadata_path(out)} was not written by puna data prepare: choose another --out, or remove it yourself."
+        )
+
+
+def _is_metadata(path: Path) -> bool:
     """Whether a preparation wrote this file, so that another one may replace it; it could be a source."""
     try:
-        content = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_CARD else None
-    except ValueError:
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_METADATA else None
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "splits" in content
 
@@ -98,48 +145,48 @@ def load_tokenizer(ref: str, template: str | None = None) -> Tokenizer:
         with open_checkpoint(path) as source:
             tokenizer = source.tokenizer()
     if tokenizer is None:
-        raise UserError(f"{ref} carries no tokenizer: name another checkpoint or a tokenizer file")
+        raise UserError(f"{ref} holds no tokenizer: name another checkpoint or a tokenizer file.")
     return tokenizer if template is None else tokenizer.with_template(template)
 
 
 def _choose(options: PrepareOptions, found: list[Source]) -> tuple[str, sources.Documents]:
-    """The handler's name, and what makes a document of a text file."""
+    """The handler's name, and what a document of a text file is."""
     name = options.handler
     if name == "auto":
         probed = next((rows for source in found if (rows := _first_rows(source, "line", 20))), [])
         if not probed:
-            raise UserError(f"no readable row in {', '.join(options.src)}")
-        name = "text" if options.text_field in probed[0] and options.text_field != "text" else handlers.detect(probed)
+            raise UserError(f"There is no readable row in {', '.join(options.src)}.")
+        name = detect(probed, options.text_field)
         print(f"handler {name}, for rows with {', '.join(map(str, probed[0]))}", file=sys.stderr)
-    return name, "article" if handlers.choose(name).article else options.documents
+    return name, get_handler(name).documents or options.documents
 
 
 def _check(job: Job, found: list[Source], documents: sources.Documents) -> None:
-    """Try the first rows, so that a wrong handler or template shows at once."""
-    kind, tokenizer = handlers.choose(job.handler).kind, job.encoder.tokenizer
-    if kind == "text" and job.encoder.append_eos and tokenizer.eos_id is None:
-        raise UserError("this tokenizer has no EOS to end documents with: add --no-append-eos")
-    if kind != "text" and tokenizer.chat_template is None and not job.handler.startswith("squad"):
+    """Try the first rows, so that a wrong handler or template is found at once."""
+    handler, tokenizer = get_handler(job.handler, job.text_field), job.encoder.tokenizer
+    if handler.kind == "text" and job.encoder.append_eos and tokenizer.eos_id is None:
+        raise UserError("This tokenizer has no EOS to end documents with: add --no-append-eos.")
+    if handler.needs_template and tokenizer.chat_template is None:
         raise UserError(
-            "this checkpoint carries no chat template: choose the one to train it with by --template (alpaca, chatml, "
-            "llama2, llama3, vicuna or a Jinja file)"
+            "This checkpoint has no chat template: choose the one to train it with by --template "
+            f"({', '.join(BUILTIN)} or a Jinja file)."
         )
     tried = False
     for source in found:
         rows = _first_rows(source, documents, PROBED)
-        convert, missing = handlers.choose(job.handler, job.text_field).convert, None
+        missing = None
         for row in rows:
             try:
-                convert(row)
+                handler.convert(row)
                 break
-            except handlers.MissingField as error:
+            except MissingField as error:
                 missing = error
-            except handlers.RowError:
+            except RowError:
                 pass
         else:
             if missing:
                 there = ", ".join(map(str, rows[0]))
-                raise UserError(f"{source.name}: {missing}, the handler {job.handler} needs it; there are {there}")
+                raise UserError(f"{source.name}: {missing}, which the handler {job.handler} needs; there are {there}.")
         if rows and not tried:
             worker.encode_chunk(job, Chunk(source.name, "rows", rows))
             tried = True
@@ -147,7 +194,7 @@ def _check(job: Job, found: list[Source], documents: sources.Documents) -> None:
 
 def _first_rows(source: Source, documents: sources.Documents, count: int) -> list[dict[str, Any]]:
     rows = (row for chunk in sources.chunks(source, documents) for row in sources.rows(chunk))
-    return [row for row in islice(rows, count) if not isinstance(row, sources.Bad)]
+    return [row for row in islice(rows, count) if not isinstance(row, sources.BadRow)]
 
 
 def encoded_here(
@@ -173,26 +220,29 @@ def encoded_here(
             yield name, future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, most likely for want of memory: run the same command with fewer --workers"
+            "A worker process was killed, most likely for lack of memory: run the same command with fewer --workers."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _facts(job: Job, found: list[Source], documents: sources.Documents) -> dict[str, Any]:
-    """All that decides the bytes that are written."""
-    tokenizer, encoder, kind = job.encoder.tokenizer, job.encoder, handlers.choose(job.handler).kind
-    text = kind == "text"
-    template = None if text or job.handler.startswith("squad") else {
-        "name": tokenizer.template_name, "source": tokenizer.chat_template, "values": dict(encoder.values or {})
-    }  # fmt: skip
+    """Everything that decides the bytes that are written."""
+    tokenizer, encoder, handler = job.encoder.tokenizer, job.encoder, get_handler(job.handler)
+    text = handler.kind == "text"
+    template = {
+        "name": tokenizer.template_name,
+        "source": tokenizer.chat_template,
+        "values": dict(encoder.values or {}),
+    }
     return {
         "version": VERSION,
-        "kind": kind,
+        "kind": handler.kind,
         "handler": job.handler,
         "documents": documents,
-        "text_field": job.text_field if job.handler == "text" else None,
+        "text_field": job.text_field if handler.uses_text_field else None,
         "append_eos": encoder.append_eos if text else None,
+        "special_tokens": encoder.special_tokens if text else None,
         "loss": None if text else encoder.loss,
         "validation": job.validation,
         "tokenizer": {
@@ -200,7 +250,7 @@ def _facts(job: Job, found: list[Source], documents: sources.Documents) -> dict[
             "vocabulary": tokenizer.fingerprint(template=False),
             "vocab_size": tokenizer.vocab_size,
         },
-        "template": template,
+        "template": template if handler.needs_template else None,
         "sources": [_source(source) for source in found],
     }
 
@@ -212,10 +262,10 @@ def _source(source: Source) -> dict[str, Any]:
     return {"name": source.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
-def _card(
+def _metadata(
     options: PrepareOptions, job: Job, facts: dict[str, Any], stats: Stats, hashes: dict[str, str]
 ) -> dict[str, Any]:
-    """What is written beside the data: where it comes from, how it was made and what came of it."""
+    """What is written beside the data: their sources, how they were made, and counts."""
     listed = []
     for source in facts["sources"]:
         digest = {"sha256": hashes[source["name"]]} if source["name"] in hashes else {}
@@ -226,21 +276,32 @@ def _card(
         "sources": listed,
         "splits": {split: asdict(stats.counts[split]) for split in ("train", "validation") if split in stats.counts},
         "rejected": dict(sorted(stats.rejected.items())),
-        "rejected_rows": stats.named,
+        "rejected_rows": [f"{stats.examples[reason]}: {reason}" for reason in sorted(stats.rejected)],
+        "notes": dict(sorted(stats.notes.items())),
     }
 
 
-def _report(card: dict[str, Any], found: list[Source], stats: Stats) -> None:
-    """Notes on what was left out."""
+def _rejections(stats: Stats) -> list[str]:
+    """Each reason of rejection with its count and first example, the most frequent first."""
+    return [
+        f"{count:,} rejected for {reason} (first {stats.examples[reason]})"
+        for reason, count in stats.rejected.most_common()
+    ]
+
+
+def _report(metadata: dict[str, Any], found: list[Source], stats: Stats) -> None:
+    """Notes on stderr about what was left out."""
     for source in found:
         if not stats.rows.get(source.name):
             print(f"{source.name} holds no rows", file=sys.stderr)
-    if card["validation"] and len(card["splits"]) == 1:
-        print(f"all samples went to {next(iter(card['splits']))}: there are few, or equal ones", file=sys.stderr)
-    for reason, count in sorted(card["rejected"].items(), key=lambda item: -item[1]):
-        print(f"rejected {count:,} of {sum(stats.rows.values()):,} rows: {reason}", file=sys.stderr)
-    for line in card["rejected_rows"]:
-        print(f"  {line}", file=sys.stderr)
+    if metadata["validation"] and len(metadata["splits"]) == 1:
+        print(f"all samples went to {next(iter(metadata['splits']))}: there are few, or equal ones", file=sys.stderr)
+    for line in _rejections(stats):
+        print(line, file=sys.stderr)
+    if stats.rejected:
+        print(f"{stats.rejected.total():,} rejected of {sum(stats.rows.values()):,} rows", file=sys.stderr)
+    for note, count in stats.notes.most_common():
+        print(f"note: {count:,} {note}", file=sys.stderr)
 
 
 def _hashes(found: list[Source], workers: int) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""The same preparation as a Ray Data job, for more machines than one. They all must be able to read the sources.
+"""The same preparation as a Ray Data job, for several machines, all of which must be able to read the sources.
 
-Files that can be cut are dealt out in spans, all others whole. Results come back in order and are written by the
+Files that can be split are distributed in spans, all others whole. Results come back in order and are written by the
 process that started the job, so that the bytes are those of a run without Ray.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import Any
 
-from puna.data.sources import Chunk, Documents, Source, chunks
+from puna.data.source_files import Source
+from puna.data.sources import Chunk, Documents, chunks
 from puna.data.worker import Encoded, Job, encode_chunk
 from puna.errors import UserError
 
@@ -25,7 +26,7 @@ def encoded(
     try:
         import ray
     except ImportError:
-        raise UserError("--engine ray needs the package ray: pip install 'puna[ray]'") from None
+        raise UserError("--engine ray needs the package ray: pip install 'puna[ray]'.") from None
     if not ray.is_initialized():
         ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True

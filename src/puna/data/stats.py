@@ -1,4 +1,4 @@
-"""How much data there is, how long its samples are, and how well they pack."""
+"""Totals of prepared data: tokens, lengths of samples, and how well they pack."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BLOCK = 1 << 20
 
 
 def facts(data: Dataset, seq_len: int | None = None) -> dict[str, str]:
-    """What the table says of a dataset."""
+    """The rows of a dataset's column."""
     lengths = np.asarray(data.lengths)
     tokens, count = int(lengths.sum(dtype=np.int64)), trained(data)
-    found: dict[str, Any] = {
+    table: dict[str, Any] = {
         "samples": len(data),
         "tokens": tokens,
         "trained": count,
@@ -31,18 +31,19 @@ def facts(data: Dataset, seq_len: int | None = None) -> dict[str, str]:
     }
     if seq_len:
         plan = best_fit(lengths, seq_len, 0)
-        found |= {
+        table |= {
             f"longer than {seq_len}": int((lengths > seq_len).sum()),
             f"rows of {seq_len}": len(plan),
             "filled %": f"{100 * tokens / (len(plan) * seq_len):.2f}",
         }
-    card = data.card
-    found |= {"handler": card.get("handler", "?"), "template": (card.get("template") or {}).get("name") or "none"}
-    return {name: f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
+    metadata = data.metadata
+    template = (metadata.get("template") or {}).get("name") or "none"
+    table |= {"handler": metadata.get("handler", "?"), "template": template}
+    return {name: f"{value:,}" if isinstance(value, int) else value for name, value in table.items()}
 
 
 def trained(data: Dataset) -> int:
-    """How many tokens are trained."""
+    """The number of trained tokens."""
     if data.labels is None:
         return len(data.ids.tokens)
     labels = data.labels.tokens
