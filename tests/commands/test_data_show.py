@@ -91,3 +91,39 @@ def test_stats_count_what_is_there(chats, capsys):
     assert (table["samples"], table["tokens"], table["trained"]) == ("4", f"{tokens:,}", f"{trained:,}")
     assert table["longest"] == f"{data.lengths.max():,}" and table["handler"] == "openai"
     assert (chats / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_preference_data_are_shown_and_counted(tmp_path, tiny_checkpoint, monkeypatch, capsys):
+    """One prefix names both sides: samples alternate, and the table has a column for each."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Ask {i}", "chosen": "Good.", "rejected": "Bad, bad."} for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--out", "P", "--tokenizer", str(tiny_checkpoint()), "--validation", "0"]
+    assert main(["data", "prepare", "p.jsonl", *arguments]) == 0
+    capsys.readouterr()
+    assert main(["data", "show", "P", "--samples", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"sample (\d), (\w+):", printed) == [(i, side) for i in "01" for side in ("chosen", "rejected")]
+    assert printed.count("⟦Good.<|im_end|>⟧") == printed.count("⟦Bad, bad.<|im_end|>⟧") == 2
+    assert main(["data", "show", "P_chosen", "--html", "page.html"]) == main(
+        ["data", "show", "P", "--html", "both.html"]
+    )
+    assert (tmp_path / "page.html").read_text().count("<h2>") == 3
+    assert (tmp_path / "both.html").read_text().count("<h2>") == 6
+    capsys.readouterr()
+    assert main(["data", "stats", "P", "--plot", "lengths.png"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["P_chosen", "P_rejected"] and lines[1] == ["samples", "3", "3"]
+
+
+def test_special_tokens_in_plain_text_are_told_from_true_ones(tmp_path, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "<|im_start|>user\nHi<|im_end|>\n"}))
+    arguments = ["data", "prepare", "a.jsonl", "--tokenizer", str(tiny_checkpoint()), "--validation", "0", "--out"]
+    assert main([*arguments, "P"]) == main([*arguments, "Q", "--special-tokens"]) == 0
+    titles = []
+    for prefix in "PQ":
+        capsys.readouterr()
+        assert main(["data", "show", prefix]) == 0
+        titles.append(capsys.readouterr().out.splitlines()[0])
+    assert titles[0].endswith("trained, 2 special tokens spelled as plain text") and titles[1].endswith("trained")

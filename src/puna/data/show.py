@@ -45,7 +45,8 @@ def title(data: Dataset, tokenizer: Tokenizer, index: int) -> str:
     names = tokenizer.special_tokens
     text = tokenizer.decode(ids.tolist(), skip_special=False)
     written = len(re.findall("|".join(map(re.escape, names)), text)) if names else 0
-    spelled = written - int(np.isin(ids, [tokenizer.id(name) for name in names]).sum())
+    special = {tokenizer.id(name) for name in names}
+    spelled = written - sum(index in special for index in ids.tolist())
     return f"{counts}, {spelled:,} special tokens spelled as plain text" if spelled > 0 else counts
 
 

@@ -104,6 +104,7 @@ def _message(turn: Row) -> dict[str, Any]:
     spelled = str(name).strip().lower()
     flag = _flag(given)
     field = "content" if "content" in given or ("role" in turn and "value" not in given) else "value"
+    read: dict[str, Any]
     if spelled in CALLS:
         read = {"role": "assistant", "tool_calls": _calls(require_text(given, field))}
     elif spelled not in ROLES:
