@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,34 @@ def test_python_runs(page, desk):
     for block in blocks(page, "python"):
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+STEP = re.compile(
+    r"<!-- (file|in): (\S+?)(?:, (after|replace): (.*?))? -->\n```py\n(.*?)^```|^```sh\n(.*?)^```",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@pytest.mark.slow
+def test_what_extending_shows_is_all_that_it_takes(desk, monkeypatch):
+    """Each example is added to a copy of the package, as the page writes it, and its command runs."""
+    shutil.copytree(ROOT / "src", desk / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(desk / "src"))
+    ran = 0
+    for kind, file, mode, anchor, code, command in STEP.findall((ROOT / "docs/extending.md").read_text()):
+        if kind == "file":
+            assert not (desk / file).exists(), "an example adds a file, it doesn't change one"
+            (desk / file).write_text(code)
+        elif kind == "in":
+            text = (desk / file).read_text()
+            assert text.count(anchor) == 1, f"{file} has {anchor!r} {text.count(anchor)} times"
+            new = f"{anchor}\n{code.rstrip()}" if mode == "after" else code.strip()
+            (desk / file).write_text(text.replace(anchor, new))
+        else:
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}{done.stderr[-2000:]}"
+            ran += 1
+    assert ran == 2
 
 
 def test_links_lead_somewhere():

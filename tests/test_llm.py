@@ -13,8 +13,9 @@ from transformers import pipeline as transformers_pipeline
 
 import puna
 from puna import LLM, SamplingParams, UserError
-from puna.llm import TextDelta, choose_device
+from puna.llm import TextDelta
 from puna.model.attention import causal
+from puna.parallel.process_group import choose_device
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 

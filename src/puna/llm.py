@@ -32,7 +32,8 @@ from puna.model.llama import Llama
 from puna.model.presets import PRESETS
 from puna.model_loader import DTYPES, load_model, random_model
 from puna.parallel.memory import free_bytes
-from puna.parallel.process_group import serve, start
+from puna.parallel.process_group import choose_device
+from puna.parallel.tp_inference import TensorParallel
 from puna.progress import meter
 from puna.tokenizer import Tokenizer
 from puna.weights.adapter import read_adapter
@@ -65,26 +66,6 @@ class Scored:
     @property
     def total(self) -> float:
         return sum(level for level in self.logprobs if level is not None)
-
-
-def choose_device(device: str) -> str:
-    """`auto` is the GPU of this rank when there is one. Raises UserError for a device that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"there is no device {device!r}{nearest(device, ('cpu', 'cuda', 'auto'))}.") from None
-    if kind.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("device cuda was asked for, but torch sees no GPU here; use --device cpu.")
-        index = torch.cuda.current_device() if kind.index is None else kind.index
-        if index >= torch.cuda.device_count():
-            raise UserError(f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPU(s).")
-        return f"cuda:{index}"
-    if kind.type != "cpu":
-        raise UserError(f"puna runs on cpu and cuda, not on {device!r}.")
-    return "cpu"
 
 
 def choose_dtype(dtype: str | torch.dtype, source: Checkpoint | None) -> torch.dtype:
@@ -143,7 +124,7 @@ class LLM:
         seed: int = 0,
         quiet: bool = True,
     ) -> None:
-        tp = start(device)
+        tp = TensorParallel.start(device)
         agree = tp.raise_together if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
         with agree():
             where = choose_device(device)
@@ -200,7 +181,7 @@ class LLM:
         self._tp = tp
         if tp is not None:
             if tp.rank > 0:
-                serve(self.engine.run_worker)
+                tp.serve(self.engine.run_worker)
             atexit.register(self.close)  # a script that ends without closing must not leave ranks waiting
 
     def __enter__(self) -> LLM:

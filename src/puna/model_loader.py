@@ -125,8 +125,6 @@ def _build(
     if fast:
         fuse(model)
         choose_kernels(model, dtype, device, notes=tp is None or tp.rank == 0)
-    if dtype in (torch.bfloat16, torch.float16):
-        model.residual_dtype = torch.float32
     return model.eval().requires_grad_(False)
 
 

@@ -35,14 +35,14 @@ def test_a_killed_rank_is_named_by_the_others():
     first, second, third = ranks("os.kill(os.getpid(), signal.SIGKILL)", lost_after=8)
     assert second.code == -9
     for rank in (first, third):
-        assert rank.code == 1 and "rank 1 has ended" in rank.err and "done" not in rank.out
+        assert rank.code == 1 and "Rank 1 has ended" in rank.err and "done" not in rank.out
 
 
 def test_a_rank_with_an_error_is_named_at_once():
     first, second, third = ranks("raise KeyError('oops')")
     assert second.code == 1 and "KeyError: 'oops'" in second.err
     for rank in (first, third):
-        assert rank.code == 1 and "rank 1 has ended" in rank.err
+        assert rank.code == 1 and "Rank 1 has ended" in rank.err
 
 
 @pytest.mark.full
@@ -51,7 +51,7 @@ def test_ranks_that_hang_beside_a_dead_one_end_too():
     hang = "os.kill(os.getpid(), signal.SIGKILL)\n        if step == 3:\n            time.sleep(100)"
     first, _, third = ranks(hang, lost_after=8)
     for rank in (first, third):
-        assert rank.code == 1 and rank.err.strip().endswith("The last checkpoint is whole.")
+        assert rank.code == 1 and rank.err.strip().endswith("the last checkpoint is complete.")
 
 
 def test_a_run_that_ends_well_says_nothing():

@@ -28,6 +28,7 @@ from puna.model.lora import LoraOptions, add_lora
 from puna.parallel.mesh import MeshOptions
 from puna.parallel.state_dict import get_state, set_state
 from puna.parallel.strategy import ParallelStrategy
+from puna.parallel.tp_training import local_index
 from puna.train.loss import VocabPart, chunked_loss
 
 pytestmark = pytest.mark.slow
@@ -180,7 +181,7 @@ def reference(kind, dtype, steps):
 def furthest(run, mine, whole):
     """The largest difference of this rank's parts from whole tensors, and in which."""
     off = {
-        name: (local(part) - local(whole[name])[run.strategy._index(run.weights[name])]).abs().max().item()
+        name: (local(part) - local(whole[name])[local_index(run.weights[name])]).abs().max().item()
         for name, part in mine.items()
         if local(part).numel()
     }

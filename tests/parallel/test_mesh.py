@@ -6,7 +6,9 @@ import pytest
 
 from puna.errors import UserError
 from puna.model.presets import PRESETS
+from puna.parallel import process_group
 from puna.parallel.mesh import MeshOptions, check_batch, check_length, check_model, resolve
+from puna.parallel.strategy import ParallelStrategy
 
 
 def test_shards_take_the_ranks_that_the_others_leave():
@@ -79,3 +81,26 @@ def test_batches_that_the_layout_does_not_divide(options, batch, says):
 def test_a_length_that_every_rank_gets_a_part_of():
     check_length(MeshOptions(cp=2, tp=2, sequence_parallel=True), 64)
     check_length(MeshOptions(tp=2), 63)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "ranks", "says"),
+    [
+        ("cuda", 0, 1, "The device is cuda, but torch sees no GPU here; use --device cpu."),
+        ("cuda:3", 2, 1, "The device is cuda:3, but torch sees 2 GPU.s.; use one below cuda:2."),
+        ("tpu", 0, 1, "There is no device 'tpu'; use auto, cpu or cuda."),
+        ("cdua", 0, 1, "There is no device 'cdua', did you mean 'cuda'"),
+        ("mps", 0, 1, "puna runs on cpu and cuda, not on 'mps'."),
+        ("cuda:0", 2, 2, "each rank takes a GPU of its own; use --device cuda, not cuda:0."),
+        ("auto", 1, 2, "torchrun started more ranks than this machine has GPUs .1.; lower --nproc-per-node"),
+    ],
+)
+def test_a_device_that_the_ranks_cannot_take(monkeypatch, device, gpus, ranks, says):
+    """Training and inference choose by one function; what it refuses is known before any rank joins."""
+    monkeypatch.setattr(process_group.torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(process_group.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(process_group.torch.cuda, "current_device", lambda: 0)
+    for name, value in {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=says):
+        ParallelStrategy.start(MeshOptions(), device)

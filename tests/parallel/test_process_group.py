@@ -66,7 +66,7 @@ def test_a_closed_model_leaves_no_trace(tiny_checkpoint):
         ("rank == 0 and after(4, EagerRunner, 'run', lambda: raises(KeyError('oops')))", 1, "KeyError: 'oops'"),
         ("rank == 0 and after(4, Engine, '_decide', lambda: raises(SystemExit(7)))", 7, ""),
         ("rank == 0 and after(4, EagerRunner, 'run', lambda: os._exit(9))", 9, ""),
-        ("rank == 1 and after(4, EagerRunner, 'run', lambda: os._exit(9))", 1, "RankLost: another rank has ended"),
+        ("rank == 1 and after(4, EagerRunner, 'run', lambda: os._exit(9))", 1, "RankLost: Another rank has ended"),
     ],
     ids=["error in the model", "exit while choosing tokens", "rank 0 dies", "rank 1 dies"],
 )
@@ -93,7 +93,7 @@ def test_an_error_before_the_ranks_have_joined_comes_out_once():
 
 def test_rank_0_tells_what_another_rank_alone_met(tiny_checkpoint):
     first, second = script(2, tiny_checkpoint(), path="'nowhere/model'")
-    assert first.code == 1 and "UserError: rank 1: " in first.err and "nowhere/model" in first.err
+    assert first.code == 1 and "UserError: Rank 1: " in first.err and "nowhere/model" in first.err
     assert second.code == 0 and not second.err
 
 

@@ -22,8 +22,7 @@ from puna.engine.sampling_params import SamplingParams
 from puna.model.attention import causal
 from puna.model.config import ModelConfig
 from puna.model_loader import load_model
-from puna.parallel.process_group import start
-from puna.parallel.tp_inference import BROADCAST_BYTES
+from puna.parallel.tp_inference import BROADCAST_BYTES, TensorParallel
 from puna.quant.registry import SCHEMES
 from puna.tokenizer import Tokenizer
 
@@ -146,7 +145,7 @@ def state(engine):
 
 def work(folder, checkpoint):
     """What each rank does in the launch of its world size; what it found goes into a file."""
-    tp = start("cpu")
+    tp = TensorParallel.start("cpu")
     found = {"logits": {}, "plain": {}, "taken": {}}
     for name, config in LAYOUTS.items():
         found["logits"][name] = logits(config, tp)

@@ -11,18 +11,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from launching import SECONDS, launch
-from puna.commands.train import run
-from puna.data.indexed_dataset import IndexedDatasetBuilder, open_dataset
+from puna.data.indexed_dataset import open_dataset
 from puna.data.loader import PackedLoader, collate
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
-from puna.options import parse
 from puna.parallel.strategy import ParallelStrategy
 from puna.train.monitor import read_metrics
 from puna.train.optim import make_optimizer
@@ -30,31 +27,9 @@ from puna.train.options import OptimOptions, ScheduleOptions, TrainDataOptions, 
 from puna.train.safe_load import _Reader
 from puna.train.trainer import Trainer
 from puna.weights.open import open_checkpoint
+from training_runs import LENGTH, VOCAB, losses, start, words
 
-VOCAB, LENGTH = 96, 32
 SHAPE = ModelConfig(VOCAB, 32, 48, 2, 4, 2, 8, max_position_embeddings=64)
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    """Prefixes of a text store and of an instruction store whose prompts are masked, with samples of any length."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    names = [str(folder / name) for name in ("text", "held", "talk")]
-    for name in names[:2]:
-        with IndexedDatasetBuilder(f"{name}_text_document", np.uint16) as writer:
-            for _ in range(60):
-                start = generator.integers(0, VOCAB)
-                writer.add((start + np.arange(generator.integers(2, 40))) % VOCAB)
-    with (
-        IndexedDatasetBuilder(f"{names[2]}_input_ids_document", np.int32) as ids,
-        IndexedDatasetBuilder(f"{names[2]}_labels_document", np.int32) as labels,
-    ):
-        for _ in range(40):
-            tokens = generator.integers(0, VOCAB, generator.integers(4, 30))
-            ids.add(tokens)
-            labels.add(np.where(np.arange(len(tokens)) < len(tokens) * generator.uniform(0, 0.9), -100, tokens))
-    return names
 
 
 def trainer(prefix, *, dtype=torch.float32, packing="best_fit", shape=SHAPE, **changes) -> Trainer:
@@ -251,25 +226,6 @@ def test_float16_scale_goes_down_on_overflow_and_up_again(stores):
 
 
 # Whole runs
-
-
-def words(stores, out, **changes):
-    """Options of a run as the command line gives them."""
-    given = {
-        "out": out, "steps": 12, "batch_size": 3, "micro_batch_size": 1, "precision": "fp32", "eval_every": 4,
-        "model.name": "tiny", "model.weights": "random", "model.vocab_size": VOCAB, "data.train": stores[0],
-        "data.validation": stores[1], "data.seq_len": LENGTH, "optim.lr": 1e-2, "checkpoint.every": 3,
-        "checkpoint.export_dtype": "float32", "device": "cpu",
-    } | changes  # fmt: skip
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
-
-
-def start(stores, out, **changes):
-    return run(parse("train", TrainOptions, words(stores, out, **changes)))
-
-
-def losses(out):
-    return {line["step"]: line["loss"] for line in read_metrics(out)}
 
 
 @pytest.fixture(scope="module")
@@ -486,8 +442,7 @@ def test_lora_trains_and_saves_its_adapter_alone(tiny_checkpoint, stores, tmp_pa
     base = tiny_checkpoint()
     out = tmp_path / "run"
     changes = {"model.name": base, "model.weights": "auto", "lora.rank": 4, "lora.dropout": 0.1}
-    arguments = [word for word in words(stores, out, **changes) if word not in ("--model.vocab_size", str(VOCAB))]
-    assert run(parse("train", TrainOptions, arguments)) == 0
+    assert start(stores, out, **changes, **{"model.vocab_size": None}) == 0
     found = losses(out)
     assert found[12] < found[1]
     saved = _Reader(out / "checkpoints/step-00000012").read_metadata().state_dict_metadata

@@ -19,17 +19,12 @@ if TYPE_CHECKING:
 
 def run(options: TrainOptions) -> int:
     """The verb. Prints where the result is; 128 + the signal's number when one ended the run before its last step."""
-    import torch
-
     from puna.parallel.mesh import MeshOptions
     from puna.parallel.strategy import ParallelStrategy
     from puna.train.build import check, claim
 
     check(options)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    strategy = ParallelStrategy.start(MeshOptions(**asdict(options.mesh)), device)
+    strategy = ParallelStrategy.start(MeshOptions(**asdict(options.mesh)), options.device)
     try:
         with strategy.watch_ranks(), claim(options.out, strategy):
             return _train(options, strategy)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from puna.engine.beam import BeamSearch, Hypothesis
 from puna.engine.sequence import Logprob, Request, Sequence
-from puna.tokenizer import Stream, Tokenizer
+from puna.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 @dataclass
@@ -91,7 +91,7 @@ class TextStream:
     What might be the beginning of a stop string is held back until it is decided.
     """
 
-    def __init__(self, stream: Stream, stop: Seq[str], *, include_stop: bool) -> None:
+    def __init__(self, stream: IncrementalDetokenizer, stop: Seq[str], *, include_stop: bool) -> None:
         self._stream, self._stop, self._include_stop = stream, stop, include_stop
         self._given = 0
         self.text = ""

@@ -1,15 +1,28 @@
-"""How a LLaMA model is split over the ranks of a tensor-parallel group. The one place where this is said.
+"""Which rows of which tensor a rank holds: the one place that answers it.
 
-Splitting modules, reading a rank's slice of a file, and writing or merging per-rank checkpoints all ask here.
+`TP_PLAN` names the dimension in which a weight is split, `tp_slice` gives a rank's slice of it. Splitting modules,
+reading a rank's part of a file, per-rank checkpoints, LoRA adapters and the KV cache all ask here. Two rules cut a
+dimension into parts, because training has no choice:
+
+- `chunk`, parts that differ by one at most: inference and every per-rank checkpoint, where a rank must never be left
+  without rows and sizes need no padding;
+- `dtensor_chunk`, equal parts with the last ones smaller: torch's DTensor, whose `Shard` placement FSDP2 and
+  torch.distributed.checkpoint read in no other way.
+
+They agree wherever the ranks divide the dimension. No torch here: the planner and the command line read it too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 
+Index = tuple[slice, ...]
+
 # Module name -> which dimension of its weight is split: "col" the output (rows of the stored matrix), "row" the input,
-# "vocab" the vocabulary. What is not named (norms) is held whole by every rank.
+# "vocab" the vocabulary. Modules that are not named here (norms) are replicated on every rank.
 TP_PLAN: dict[str, str] = {
     "q_proj": "col",
     "k_proj": "col",
@@ -25,9 +38,32 @@ TP_PLAN: dict[str, str] = {
 
 def chunk(total: int, rank: int, size: int) -> slice:
     """Rank `rank`'s part of `total` items in `size` parts that differ by one at most, the larger ones first."""
-    part, more = divmod(total, size)
-    start = rank * part + min(rank, more)
-    return slice(start, start + part + (rank < more))
+    part, larger = divmod(total, size)
+    start = rank * part + min(rank, larger)
+    return slice(start, start + part + (rank < larger))
+
+
+def dtensor_chunk(total: int, rank: int, size: int) -> slice:
+    """Rank `rank`'s part of `total` items as DTensor's `Shard` and `torch.chunk` cut them.
+
+    All parts have ceil(total / size) items but the last ones, which are smaller or empty.
+    """
+    part = -(-total // size)
+    start = min(rank * part, total)
+    return slice(start, min(start + part, total))
+
+
+def dtensor_slice(shape: tuple[int, ...], cuts: Iterable[tuple[int, int, int]]) -> Index:
+    """A rank's slice of a tensor that DTensor cuts several times, each time what the cut before has left.
+
+    `cuts`: (dimension, rank, size), outermost first.
+    """
+    index = [slice(0, length) for length in shape]
+    for dimension, rank, size in cuts:
+        start, stop = index[dimension].start, index[dimension].stop
+        part = dtensor_chunk(stop - start, rank, size)
+        index[dimension] = slice(start + part.start, start + part.stop)
+    return tuple(index)
 
 
 def check_tp(config: ModelConfig, size: int) -> None:
@@ -40,24 +76,38 @@ def check_tp(config: ModelConfig, size: int) -> None:
             f" use one of {', '.join(map(str, sizes))}."
         )
     if min(config.intermediate_size, config.vocab_size) < size:
-        raise UserError(f"this model is too small for {size} ranks; use fewer.")
+        raise UserError(f"This model is too small for {size} ranks; use fewer.")
 
 
-def tp_slice(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, size: int) -> tuple[slice, ...]:
+def has_replicated_heads(module: str, config: ModelConfig, size: int) -> bool:
+    """Whether this projection (`k_proj`, `v_proj`) has fewer heads than ranks, so that several ranks hold the same."""
+    return module in ("k_proj", "v_proj") and config.num_key_value_heads < size
+
+
+def tp_slice(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, size: int) -> Index:
     """The part of tensor `name` (full `shape`) that rank `rank` of `size` holds, as an index into the full tensor.
 
-    With fewer key/value heads than ranks, each head is held by size / heads neighbouring ranks. The bias of a "row"
-    layer is whole on every rank (it is added after the reduction). Of a LoRA update (`q_proj.adapter.a` [r, in] and
-    `.b` [out, r]) the side that meets the split one is cut: B of a "col" or "vocab" layer, A of a "row" layer.
+    With fewer key/value heads than ranks, each head is held by size / heads consecutive ranks. The bias of a "row"
+    layer is replicated (it is added after the reduction). Of a LoRA update (`q_proj.adapter.a` [r, in] and `.b`
+    [out, r]) the factor that meets the split dimension is cut: B of a "col" or "vocab" layer, A of a "row" layer.
     """
-    whole = tuple(slice(0, n) for n in shape)
-    *_, module, kind = name.replace(".adapter.", ".").split(".")
-    how = TP_PLAN.get(module)
-    if size == 1 or how is None or kind == ("b" if how == "row" else "a") or (how == "row" and kind == "bias"):
-        return whole
-    if how == "row":
-        return (*whole[:1], chunk(shape[1], rank, size))
-    if module in ("k_proj", "v_proj") and config.num_key_value_heads < size:
+    full = tuple(slice(0, n) for n in shape)
+    *_, module, parameter = name.replace(".adapter.", ".").split(".")
+    split = TP_PLAN.get(module)
+    if size == 1 or split is None or parameter == ("b" if split == "row" else "a"):
+        return full
+    if split == "row":
+        return full if parameter == "bias" else (*full[:1], chunk(shape[1], rank, size))
+    if has_replicated_heads(module, config, size):
         head = rank * config.num_key_value_heads // size
-        return (slice(head * config.head_dim, (head + 1) * config.head_dim), *whole[1:])
-    return (chunk(shape[0], rank, size), *whole[1:])
+        return (slice(head * config.head_dim, (head + 1) * config.head_dim), *full[1:])
+    return (chunk(shape[0], rank, size), *full[1:])
+
+
+def kv_bytes_per_token(config: ModelConfig, size: int, itemsize: int) -> int:
+    """Bytes of keys and values that one of `size` tensor-parallel ranks caches for a token; `itemsize` of the dtype.
+
+    2 x layers x KV heads of the rank x head_dim x itemsize; a rank has one head at least.
+    """
+    heads = max(1, config.num_key_value_heads // size)
+    return 2 * config.num_hidden_layers * heads * config.head_dim * itemsize

@@ -1,8 +1,8 @@
-"""Context parallelism: each rank holds a part of every sequence, and attention meets the keys of the others.
+"""Context parallelism: each rank holds a part of every sequence, and attends to the keys of all ranks.
 
-Rank r of n takes the r-th and the (2n - 1 - r)-th of 2n chunks, so that under a causal mask all have the same work.
-Keys and values travel either all at once (`allgather`: simple and fast, they are small with grouped heads) or one
-neighbour at a time (`ring`, arXiv 2310.01889: no rank ever holds those of the whole sequence).
+Rank r of n takes chunks r and 2n - 1 - r of 2n, so that under a causal mask all have the same work. Keys and values
+travel either all at once (`allgather`: simple and fast, they are small with grouped heads) or from rank to rank
+(`ring`, arXiv 2310.01889: no rank ever holds those of the whole sequence).
 """
 
 from __future__ import annotations
@@ -16,32 +16,38 @@ from torch import Tensor
 
 from puna.model.attention import Attend, document_attention
 from puna.parallel.collectives import gather_sequence
+from puna.parallel.model_part import ModelPart
 
-QUERIES = 1024  # whose scores the ring makes at once
+QUERIES = 1024  # per block of scores in the ring
 
 
 def local_positions(length: int, rank: int, size: int) -> Tensor:
-    """Where the tokens of a rank's part stand in the sequence of `length`, int64 [length / size]."""
+    """Positions in a sequence of `length` of the tokens that a rank holds, int64 [length / size]."""
     chunks = torch.arange(length).chunk(2 * size)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
-def attention(documents: Tensor | None, group: dist.ProcessGroup, method: str) -> Attend:
-    """Attention for a rank's part of each sequence; documents [B, t] int are those of the part."""
-    assert documents is not None  # the layout has made them up where there were none
+def apply_cp(part: ModelPart, group: dist.ProcessGroup, method: str) -> None:
+    """Let the part attend over the sequence parts of all ranks of `group`; `method` is allgather or ring."""
+    part.attention = lambda documents: cp_attention(documents, group, method)
+
+
+def cp_attention(documents: Tensor | None, group: dist.ProcessGroup, method: str) -> Attend:
+    """Attention of this rank's part of each sequence over the whole; documents [B, t] int are those of the part."""
+    assert documents is not None  # `ParallelStrategy` adds them where there are none
     device, size = documents.device, group.size()
     length = documents.shape[1] * size
     orders = [local_positions(length, rank, size).to(device) for rank in range(size)]
     order = orders[group.rank()]
-    everyones = gather_sequence(documents.unsqueeze(-1), group).squeeze(-1)
+    all_documents = gather_sequence(documents.unsqueeze(-1), group).squeeze(-1)
     if method == "allgather":
-        inner = document_attention(documents, everyones, order, torch.cat(orders))
+        inner = document_attention(documents, all_documents, order, torch.cat(orders))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return inner(layer, q, gather_sequence(k, group), gather_sequence(v, group))
 
         return attend
-    parts = everyones.chunk(size, 1)
+    parts = all_documents.chunk(size, 1)
     masks = [
         (documents.unsqueeze(2) == part.unsqueeze(1)) & (order.unsqueeze(1) >= other)
         for part, other in zip(parts, orders, strict=True)
@@ -50,9 +56,9 @@ def attention(documents: Tensor | None, group: dist.ProcessGroup, method: str) -
 
 
 class _Ring(torch.autograd.Function):
-    """Softmax over keys that come by, rank after rank, with the running maximum and sum of arXiv 1805.02867.
+    """Softmax over keys that arrive rank after rank, with the running maximum and sum of arXiv 1805.02867.
 
-    The backward pass sends keys, values and their gradients round once more; each rank keeps its own part only.
+    The backward pass sends keys, values and their gradients around the ring once more; each rank stores its part only.
     """
 
     @staticmethod
@@ -73,7 +79,7 @@ class _Ring(torch.autograd.Function):
                 out[:, rows] = out[:, rows] * kept + _weighted(weights, moving[1].to(exact))
                 lse[:, rows] = new
             if step < group.size() - 1:
-                moving = _pass_on(moving, group)
+                moving = _rotate_ring(moving, group)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.masks, ctx.group, ctx.exact = masks, group, exact
         return out.to(q.dtype)
@@ -93,18 +99,21 @@ class _Ring(torch.autograd.Function):
             for rows in torch.arange(q.shape[1], device=q.device).split(QUERIES):
                 scores = _scores(q[:, rows], moving[0], mask[:, rows], exact)
                 weights = (scores - lse[:, rows].unsqueeze(-1)).exp()
-                one, two = d_out[:, rows].unflatten(2, (-1, groups)), q[:, rows].to(exact).unflatten(2, (-1, groups))
-                d_weights = torch.einsum("bthgd,bphd->bthgp", one, moving[1]).flatten(2, 3)
+                d_heads, q_heads = (
+                    d_out[:, rows].unflatten(2, (-1, groups)),
+                    q[:, rows].to(exact).unflatten(2, (-1, groups)),
+                )
+                d_weights = torch.einsum("bthgd,bphd->bthgp", d_heads, moving[1]).flatten(2, 3)
                 d_scores = weights * (d_weights - shared[:, rows]) * q.shape[-1] ** -0.5
                 d_q[:, rows] += _weighted(d_scores, moving[0])
-                d_moving[0] += torch.einsum("bthgp,bthgd->bphd", d_scores.unflatten(2, (-1, groups)), two)
-                d_moving[1] += torch.einsum("bthgp,bthgd->bphd", weights.unflatten(2, (-1, groups)), one)
-            moving, d_moving = _pass_on(torch.stack((moving, d_moving)), group)
+                d_moving[0] += torch.einsum("bthgp,bthgd->bphd", d_scores.unflatten(2, (-1, groups)), q_heads)
+                d_moving[1] += torch.einsum("bthgp,bthgd->bphd", weights.unflatten(2, (-1, groups)), d_heads)
+            moving, d_moving = _rotate_ring(torch.stack((moving, d_moving)), group)
         return d_q.to(q.dtype), d_moving[0].to(k.dtype), d_moving[1].to(v.dtype), None, None
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor, exact: torch.dtype) -> Tensor:
-    """q [B, T, Hq, D] times k [B, P, Hkv, D], scaled; -inf where mask [B, T, P] says no: [B, T, Hq, P]."""
+    """q [B, T, Hq, D] times k [B, P, Hkv, D], scaled; -inf where mask [B, T, P] is false: [B, T, Hq, P]."""
     grouped = q.to(exact).unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bthgd,bphd->bthgp", grouped, k.to(exact)).flatten(2, 3) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask.unsqueeze(2), -math.inf)
@@ -115,12 +124,12 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bthgp,bphd->bthgd", weights.unflatten(2, (v.shape[2], -1)), v).flatten(2, 3)
 
 
-def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Give x to the next rank of the group, and take that of the one before."""
+def _rotate_ring(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send x to the next rank of the group and receive that of the previous one."""
     received = torch.empty_like(x)
-    here, size = group.rank(), group.size()
-    sends = dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=(here + 1) % size)
-    receives = dist.P2POp(dist.irecv, received, group=group, group_peer=(here - 1) % size)
+    rank, size = group.rank(), group.size()
+    sends = dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=(rank + 1) % size)
+    receives = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % size)
     for work in dist.batch_isend_irecv([sends, receives]):
         work.wait()
     return received

@@ -1,36 +1,29 @@
-"""What one rank trains: the model, or a stage of it, with the loss as the end of its forward pass.
+"""What one rank trains: the model, or a pipeline stage of it, with the loss as the end of its forward pass.
 
-The loss stands inside, so that whoever shards a module's weights (FSDP2) or runs a stage (pipelining) sees one module
-from tokens to a number, output layer included.
+With the loss inside, whoever shards a module's weights (FSDP2) or runs a stage (pipelining) sees one module from token
+ids to a number, output layer included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from puna.errors import UserError
-from puna.kernels import cpu_bf16
 from puna.model.attention import Attend, causal, packed_attention
-from puna.model.linear import Linear
-from puna.model.llama import MLP, Block, Llama, RMSNorm, identity
+from puna.model.llama import Llama, identity
 from puna.model.lora import LoRA
-
-RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
 class Head:
-    """The output layer that a loss multiplies with: weight [ids, hidden] of the ids from `vocab_start` on.
+    """The output layer that a loss multiplies with: `weight` [ids, hidden], of the ids from `vocab_start` on.
 
-    `group` is that of the ranks that hold the other ids, None when all are here. A loss returns, of the gradient of its
-    hidden states, this part's share; the shares are summed outside.
+    `group`: the ranks that hold the rest of a split vocabulary, None when it is whole. The gradient that a loss then
+    returns for its hidden states is a partial sum, which `ModelPart.enter` adds up over the group.
     """
 
     weight: Tensor
@@ -38,9 +31,8 @@ class Head:
     group: dist.ProcessGroup | None = None
 
 
-Loss = Callable[
-    [Tensor, Tensor, Head], Tensor
-]  # (hidden [B, T, d], labels [B, T], head) -> sums [k], the first minimised
+# (hidden [B, T, d], labels [B, T], head) -> sums [k] over the microbatch's tokens, of which the first is minimised
+Loss = Callable[[Tensor, Tensor, Head], Tensor]
 
 
 class ModelPart(nn.Module):
@@ -50,19 +42,20 @@ class ModelPart(nn.Module):
         super().__init__()
         self.model = model
         self.loss: Loss | None = None  # set before each step
-        self.attention: Callable[[Tensor | None], Attend] = attention
-        self.enter: Callable[[Tensor], Tensor] = identity  # into the output layer, where its ids are split
+        self.attention: Callable[[Tensor | None], Attend] = causal_attention
+        self.enter: Callable[[Tensor], Tensor] = identity  # into the output layer of a split vocabulary
         self.group: dist.ProcessGroup | None = None
         self.vocab_start = 0
 
     def forward(self, x: Tensor, *, positions: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
-        hidden = self.model(x, positions, self.attention(documents))
+        """x: ids [B, T] or hidden states [B, T, d]; the others [B, T]. Returns sums [k] or hidden states [B, T, d]."""
+        hidden: Tensor = self.model(x, positions, self.attention(documents))
         if self.model.lm_head is None:
             return hidden
         assert self.loss is not None
-        return self.loss(self.enter(hidden), labels, Head(self._head(), self.vocab_start, self.group))
+        return self.loss(self.enter(hidden), labels, Head(self._output_weight(), self.vocab_start, self.group))
 
-    def _head(self) -> Tensor:
+    def _output_weight(self) -> Tensor:
         layer = self.model.lm_head
         weight = layer.get_param(layer, "weight")
         if isinstance(layer.adapter, LoRA):  # the loss wants one matrix
@@ -71,83 +64,16 @@ class ModelPart(nn.Module):
         return weight
 
 
-def attention(documents: Tensor | None) -> Attend:
-    """Attention over whole rows: causal, and within each document where there are several."""
+def causal_attention(documents: Tensor | None) -> Attend:
+    """Causal attention over whole rows, or within each document of packed rows (documents [B, T])."""
     return causal if documents is None else packed_attention(documents)
 
 
-def compute_in(model: Llama, dtype: torch.dtype) -> None:
-    """Multiply in `dtype` with weights that stay as they are stored; their gradients come in the stored type.
+def combine_parts(parts: Iterable[ModelPart]) -> nn.Module:
+    """One module whose parameters are those of all parts of a rank, under checkpoint names.
 
-    The embedding is cast after the lookup, so that the gradients of a frequent token are summed in the stored type; the
-    output layer's weight is left to the loss, for the same reason.
+    A tied weight has the embedding's name alone.
     """
-
-    def get_param(module: nn.Module, name: str) -> Tensor:
-        return getattr(module, name).to(dtype)
-
-    for module in model.modules():
-        if isinstance(module, Linear) and module is not model.lm_head:
-            module.kernel, module.get_param = cpu_bf16.mixed_precision_linear(dtype), get_param
-        elif isinstance(module, RMSNorm):
-            module.get_param = get_param
-    model.embed_tokens.leave = lambda x: x.to(dtype)
-
-
-def use_blocked(part: ModelPart) -> None:
-    """Let the part compute with `puna.kernels.cpu_bf16`: on a CPU, in 16 bits."""
-    for module in part.modules():
-        if isinstance(module, RMSNorm):
-            module.kernel = cpu_bf16.rms_norm
-        elif isinstance(module, MLP):
-            module.kernel = cpu_bf16.swiglu
-    part.attention = lambda documents: (
-        cpu_bf16.causal if documents is None else packed_attention(documents, cpu_bf16.causal)
-    )
-
-
-def compile_blocks(part: ModelPart) -> None:
-    """Compile each block by torch.compile; attention within documents stays out, as it is another one at every step."""
-    for block in part.model.layers.values():
-        # Training keeps no cache by layer, and with numbers of their own the blocks would be compiled one by one.
-        assert isinstance(block, Block)
-        block.self_attn.layer = 0
-        block.compile()
-    plain = part.attention
-    part.attention = lambda documents: causal if documents is None else torch.compiler.disable(plain(documents))
-
-
-def recompute(block: nn.Module, how: str) -> None:
-    """Drop the block's activations after the forward pass: all of them, or all but the results of matrix products."""
-    if how not in RECOMPUTE:
-        raise UserError(f"recompute is one of {', '.join(RECOMPUTE)}, not {how!r}.")
-    if how == "none":
-        return
-    context: dict[str, Any] = {}
-    if how == "selective":
-        context["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_products)
-    plain = block.forward
-    # On the instance, not by a wrapping module, so that names stay; and inside the hooks of FSDP2.
-    block.forward = lambda *args: checkpoint(plain, *args, use_reentrant=False, **context)
-
-
-_aten = torch.ops.aten
-PRODUCTS = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-}
-
-
-def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def whole(parts: Iterable[ModelPart]) -> nn.Module:
-    """One module of all of a rank's parts, under checkpoint names; a tied weight goes by the embedding's alone."""
     top, inner, layers = nn.Module(), nn.Module(), nn.ModuleDict()
     for part in parts:
         model = part.model

@@ -19,8 +19,8 @@ from puna.parallel.model_part import Loss, ModelPart
 Batch = dict[str, Tensor]
 
 
-def cut(model: Llama, stage: int, stages: int) -> Llama:
-    """Stage `stage` of a model on the meta device: what belongs to other stages is gone, the names stay."""
+def split_stage(model: Llama, stage: int, stages: int) -> Llama:
+    """Stage `stage` of `stages` of a model on the meta device: other stages' modules are deleted, names stay."""
     part = copy.deepcopy(model)
     mine = range(model.config.num_hidden_layers)[chunk(model.config.num_hidden_layers, stage, stages)]
     for layer in list(part.layers):
@@ -34,7 +34,7 @@ def cut(model: Llama, stage: int, stages: int) -> Llama:
 
 
 class Pipeline:
-    """This rank's stages, rank, rank + pp, ..., and the schedules that run them."""
+    """This rank's stages (rank, rank + pp, ...) and the schedules that run them; `dtype` is what stages exchange."""
 
     def __init__(
         self,
@@ -47,12 +47,12 @@ class Pipeline:
         self.parts, self.options, self.group = parts, options, group
         self.dtype, self.hidden_size = dtype, hidden_size
         self.indices = [group.rank() + turn * options.pp for turn in range(options.virtual_stages)]
-        self.schedules: dict[tuple, Any] = {}
+        self.schedules: dict[tuple[int, ...], Any] = {}
         self.sums: list[Tensor] = []
         self.scale = 1.0
 
     def step(self, microbatches: list[Batch], loss: Loss, scale: float) -> list[Tensor]:
-        """Forward and backward of all microbatches; the loss sums of each on the last stage, elsewhere nothing."""
+        """Forward and backward of all microbatches: the loss sums of each on the last stage, elsewhere none."""
         check_microbatches(self.options, len(microbatches))
         for part in self.parts:
             part.loss = loss
@@ -64,7 +64,7 @@ class Pipeline:
         return self.sums
 
     def evaluate(self, microbatches: list[Batch], loss: Loss) -> list[Tensor]:
-        """The same without gradients, stage by stage."""
+        """The loss sums alone, stage by stage without gradients."""
         sums, sent = [], []
         for part, index in zip(self.parts, self.indices, strict=True):
             part.loss = loss
@@ -102,20 +102,20 @@ class Pipeline:
             )
             for part, index in zip(self.parts, self.indices, strict=True)
         ]
-        kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+        schedules = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
         stage: Any = stages if self.options.pp_schedule == "interleaved" else stages[0]
         # scale_grads would divide by the number of microbatches
-        made = kind[self.options.pp_schedule](stage, microbatches, loss_fn=self._loss, scale_grads=False)
-        self.schedules[key] = made
-        return made
+        schedule = schedules[self.options.pp_schedule](stage, microbatches, loss_fn=self._loss, scale_grads=False)
+        self.schedules[key] = schedule
+        return schedule
 
     def _loss(self, sums: Tensor, _: Tensor) -> Tensor:
-        """The last stage has computed it; keep the sums and say what is minimised."""
+        """The last stage has computed the sums; keep them, and return the one that is minimised."""
         self.sums.append(sums.detach())
         return sums[0] * self.scale
 
     def _hidden(self, ids: Tensor) -> Tensor:
-        """Room for the hidden states of a microbatch between two stages."""
+        """An empty tensor for the hidden states of a microbatch between two stages."""
         rows, length = ids.shape
-        cut = self.options.tp if self.options.sequence_parallel else 1
-        return torch.empty(rows, length // cut, self.hidden_size, dtype=self.dtype, device=ids.device)
+        parts = self.options.tp if self.options.sequence_parallel else 1
+        return torch.empty(rows, length // parts, self.hidden_size, dtype=self.dtype, device=ids.device)

@@ -3,8 +3,8 @@
     dcp.save(get_state(parts, optimizer), checkpoint_id=folder)
     state = get_state(parts, optimizer); dcp.load(state, checkpoint_id=folder); set_state(parts, optimizer, state)
 
-Every tensor goes by its checkpoint name, whatever stage holds it, and as a DTensor that says which part it is. The
-optimizer's state is flat, one entry for each parameter: its groups then need not be the same on all ranks.
+Every tensor has its checkpoint name, whatever stage holds it, and is a DTensor, which knows the part it is. The
+optimizer's state is flat, one entry per parameter: its parameter groups then may differ between ranks.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from puna.parallel.model_part import ModelPart, whole
+from puna.parallel.model_part import ModelPart, combine_parts
 
 
 def get_state(parts: Iterable[ModelPart], optimizer: Optimizer) -> dict[str, Any]:
-    """{"model": trained parameters, "optimizer": their state}, this rank's parts; call it between steps.
+    """{"model": trained parameters, "optimizer": their state} of this rank; to be called between steps.
 
-    What a run doesn't train, LoRA's base, is not of its state. An optimizer that has made no step yet gets its state.
+    Frozen parameters (LoRA's base) are left out. An optimizer that has made no step yet gets its state.
     """
-    model, state = get_state_dict(whole(parts), optimizer, options=_options())
+    model, state = get_state_dict(combine_parts(parts), optimizer, options=_options())
     return {"model": model, "optimizer": state}
 
 
 def set_state(parts: Iterable[ModelPart], optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take over what `get_state` of any layout gave, once it was loaded into this layout's."""
+    """Put a state of `get_state`, into which a checkpoint of any layout was loaded, back into parts and optimizer."""
     set_state_dict(
-        whole(parts),
+        combine_parts(parts),
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],

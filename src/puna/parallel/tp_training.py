@@ -1,13 +1,14 @@
 """Tensor parallelism for training: parameters are stored as DTensors, by the one rule of `puna.model.tp_plan`, and the
-model computes with their local parts.
+model computes with their local tensors.
 
-So FSDP2, and a checkpoint that another layout reads, know what each part is. Computing with plain tensors needs one
-care: a parameter that all ranks hold whole, but use on a part of the heads or of the sequence, has a gradient that
-is a part of a sum on each rank, and its DTensor has to be told so (`Partial`).
+So FSDP2, and a checkpoint that another layout loads, know what each rank holds. Computing with plain tensors needs one
+care: a parameter that is replicated, but used on a part of the heads or of the sequence, has a partial gradient on each
+rank, and its DTensor has to be told so (`Partial`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,100 +20,117 @@ from puna.model.config import ModelConfig
 from puna.model.linear import Linear
 from puna.model.llama import MLP, Attention, Embedding, RMSNorm
 from puna.model.lora import LoRA
-from puna.model.tp_plan import tp_slice
+from puna.model.tp_plan import dtensor_chunk, dtensor_slice, has_replicated_heads, tp_slice
 from puna.parallel.collectives import enter, leave
+from puna.parallel.model_part import ModelPart
 
 
 @dataclass(frozen=True)
-class Use:
-    """How a rank computes with a stored parameter: with the part of it that is here, or `rows` of it where all hold it
-    whole; `partial` where the ranks' gradients of a whole one are to be summed.
+class ParameterPlacement:
+    """How a parameter is stored over the tensor-parallel ranks, and what a rank computes with.
+
+    `rows` of the local tensor are used, None for all of them; `partial_grad` where the ranks' gradients of a replicated
+    parameter have to be summed.
     """
 
     placement: Placement
-    rows: slice | None
-    partial: bool
+    rows: slice | None = None
+    partial_grad: bool = False
 
 
-def split(model: nn.Module, config: ModelConfig, mesh: DeviceMesh, sequence: bool) -> None:
-    """Store the parameters of a model or stage as DTensors over `mesh`.
+def apply_tp(part: ModelPart, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
+    """Store the parameters of a part on the meta device as DTensors over `mesh`, and set the collectives.
 
-    The parameters are still on the meta device. `sequence`: the residual stream is cut along the sequence.
+    `sequence_parallel`: the residual stream is split along the sequence.
     """
-    group, rank = mesh.get_group(), mesh.get_local_rank()
-    for name, part in model.named_modules():
-        if isinstance(part, Linear | RMSNorm | Embedding | LoRA):
-            uses = {
-                kind: use(f"{name}.{kind}", tuple(parameter.shape), config, rank, mesh.size(), sequence)
-                for kind, parameter in part.named_parameters(recurse=False)
+    model, config = part.model, part.model.config
+    group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+    vocab_start = dtensor_chunk(config.vocab_size, rank, size).start
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | RMSNorm | Embedding | LoRA):
+            placements = {
+                key: parameter_placement(
+                    f"{name}.{key}", tuple(parameter.shape), config, rank, size, sequence_parallel=sequence_parallel
+                )
+                for key, parameter in module.named_parameters(recurse=False)
             }
-            for kind, how in uses.items():
-                _store(part, kind, how.placement, mesh)
-            part.get_param = reader(uses)
-        if isinstance(part, Attention | MLP):
-            part.enter, part.leave = enter(group, sequence), leave(group, sequence)
-        if isinstance(part, Embedding):
-            part.vocab_start, part.leave = vocab_start(config.vocab_size, rank, mesh.size()), leave(group, sequence)
+            for key, chosen in placements.items():
+                _to_dtensor(module, key, chosen.placement, mesh)
+            module.get_param = _local_getter(placements)
+        if isinstance(module, Attention | MLP):
+            module.enter, module.leave = enter(group, sequence_parallel), leave(group, sequence_parallel)
+        if isinstance(module, Embedding):
+            module.vocab_start, module.leave = vocab_start, leave(group, sequence_parallel)
+    part.enter, part.group, part.vocab_start = enter(group, sequence_parallel), group, vocab_start
 
 
-def reader(uses: dict[str, Use]):  # type: ignore[no-untyped-def]
-    """What a module computes with, by the name of its parameter."""
-
-    def read(module: nn.Module, name: str) -> Tensor:
-        how, stored = uses[name], getattr(module, name)
-        local = stored.to_local(grad_placements=[Partial()] if how.partial else None)
-        return local if how.rows is None else local[how.rows]
-
-    return read
-
-
-def use(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, size: int, sequence: bool) -> Use:
-    """The rule of `tp_slice` as a placement. Where it gives ranks the same rows (few key and value heads), all store
-    the whole and take those rows when they compute.
-    """
+def parameter_placement(
+    name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, size: int, *, sequence_parallel: bool
+) -> ParameterPlacement:
+    """`tp_slice` as a placement. Key/value heads that are fewer than ranks are replicated, and a rank uses its rows."""
     index = tp_slice(name, shape, config, rank, size)
-    *_, module, kind = name.replace(".adapter.", ".").split(".")
-    if module in ("k_proj", "v_proj") and config.num_key_value_heads < size and kind != "a":
-        return Use(Replicate(), index[0], True)
-    cut = [dimension for dimension, part in enumerate(index) if part != slice(0, shape[dimension])]
-    if cut:
-        return Use(Shard(cut[0]), None, False)
-    on_a_part = kind in ("a", "b")  # of LoRA, the factor beside the one that is cut
-    return Use(Replicate(), None, on_a_part or sequence)
+    *_, module, parameter = name.replace(".adapter.", ".").split(".")
+    if has_replicated_heads(module, config, size) and parameter != "a":
+        return ParameterPlacement(Replicate(), rows=index[0], partial_grad=True)
+    split = [dimension for dimension, part in enumerate(index) if part != slice(0, shape[dimension])]
+    if split:
+        return ParameterPlacement(Shard(split[0]))
+    lora = parameter in ("a", "b")  # the factor beside the one that is split
+    return ParameterPlacement(Replicate(), partial_grad=lora or sequence_parallel)
 
 
-def vocab_start(vocab_size: int, rank: int, size: int) -> int:
-    """The first id of a rank's part of the vocabulary, cut as DTensor cuts: equal parts, the last ones smaller."""
-    return min(rank * -(-vocab_size // size), vocab_size)
+def _local_getter(placements: dict[str, ParameterPlacement]) -> Callable[[nn.Module, str], Tensor]:
+    """`get_param` of a module whose parameters are stored as DTensors."""
+
+    def get_param(module: nn.Module, name: str) -> Tensor:
+        chosen, stored = placements[name], getattr(module, name)
+        local: Tensor = stored.to_local(grad_placements=[Partial()] if chosen.partial_grad else None)
+        return local if chosen.rows is None else local[chosen.rows]
+
+    return get_param
 
 
-def _store(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:
-    whole: nn.Parameter = getattr(module, name)
-    shape = list(whole.shape)
+def _to_dtensor(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:
+    full: nn.Parameter = getattr(module, name)
+    shape = list(full.shape)
     if isinstance(placement, Shard):
-        start = vocab_start(shape[placement.dim], mesh.get_local_rank(), mesh.size())
-        end = vocab_start(shape[placement.dim], mesh.get_local_rank() + 1, mesh.size())
-        shape[placement.dim] = end - start
-    local = torch.empty(shape, dtype=whole.dtype, device=whole.device)
-    stored = DTensor.from_local(local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
-    setattr(module, name, nn.Parameter(stored, requires_grad=whole.requires_grad))
+        part = dtensor_chunk(shape[placement.dim], mesh.get_local_rank(), mesh.size())
+        shape[placement.dim] = part.stop - part.start
+    local = torch.empty(shape, dtype=full.dtype, device=full.device)
+    stored = DTensor.from_local(local, mesh, [placement], run_check=False, shape=full.shape, stride=full.stride())
+    setattr(module, name, nn.Parameter(stored, requires_grad=full.requires_grad))
 
 
-def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give the module's own parameters memory on `device`, uninitialised."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        empty: Tensor
-        if isinstance(parameter, DTensor):
-            local = torch.empty_like(parameter.to_local(), device=device)
-            empty = DTensor.from_local(
-                local, parameter.device_mesh, parameter.placements, run_check=False,
-                shape=parameter.shape, stride=parameter.stride(),
-            )  # fmt: skip
-        else:
-            empty = torch.empty_like(parameter, device=device)
-        setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give every parameter memory on `device`, uninitialised; tied weights come apart and have to be tied again."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty: Tensor
+            if isinstance(parameter, DTensor):
+                local = torch.empty_like(parameter.to_local(), device=device)
+                empty = DTensor.from_local(
+                    local, parameter.device_mesh, parameter.placements, run_check=False,
+                    shape=parameter.shape, stride=parameter.stride(),
+                )  # fmt: skip
+            else:
+                empty = torch.empty_like(parameter, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, or the tensor."""
+    """The local tensor of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_index(parameter: Tensor) -> tuple[slice, ...]:
+    """Where `local(parameter)` lies in the full tensor. The innermost mesh axis (tp) cuts first, then fsdp."""
+    cuts = []
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for axis in reversed(range(mesh.ndim)):
+            placement = parameter.placements[axis]
+            # torch marks a dimension that tp cuts before fsdp by _StridedShard, which not every version calls a shard.
+            if placement.is_shard() or type(placement).__name__ == "_StridedShard":
+                dimension: int = placement.dim  # type: ignore[attr-defined]
+                cuts.append((dimension, mesh.get_local_rank(axis), mesh.size(axis)))
+    return dtensor_slice(tuple(parameter.shape), cuts)

@@ -1,9 +1,9 @@
-"""Token ids back to text, one at a time: every token is a run of bytes, and text is what the bytes spell so far."""
+"""Token ids back to text, whole or one at a time: a token is a run of bytes, and text is what the bytes spell."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import tokenizers
@@ -13,7 +13,8 @@ from puna.tokenizer.sentencepiece_model import BYTE_PIECE
 from puna.tokenizer.spec import flatten
 from puna.tokenizer.tiktoken_bpe import BYTES
 
-SPACES = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # what SentencePiece vocabularies decode by
+SPACES = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # the decoder steps of SentencePiece vocabularies
+LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
 class Detokenizer:
@@ -21,13 +22,13 @@ class Detokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         steps = flatten(backend.decoder, "decoders")
-        self._kinds = {"Regex" if "Regex" in step.get("pattern", ()) else step["type"] for step in steps}
-        if self._kinds != {"ByteLevel"} and (not self._kinds or self._kinds - SPACES):
-            named = ", ".join(sorted(self._kinds)) or "none"
+        self._steps = {"Regex" if "Regex" in step.get("pattern", ()) else step["type"] for step in steps}
+        if self._steps != {"ByteLevel"} and (not self._steps or self._steps - SPACES):
+            named = ", ".join(sorted(self._steps)) or "none"
             raise UserError(f"The tokenizer's decoder ({named}) is not one that LLaMA models use.")
-        self._replaced = {"▁": " "} if "Metaspace" in self._kinds else {}
+        self._replaced = {"▁": " "} if "Metaspace" in self._steps else {}
         self._replaced |= {step["pattern"]["String"]: step["content"] for step in steps if step["type"] == "Replace"}
-        self.strips = "Strip" in self._kinds or any(
+        self.strips = "Strip" in self._steps or any(
             step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps
         )
         added = backend.get_added_tokens_decoder()
@@ -41,42 +42,62 @@ class Detokenizer:
         return {index: self._spell(index, text) for text, index in vocab.items()}
 
     def _spell(self, index: int, text: str) -> bytes:
-        if "ByteLevel" in self._kinds and index not in self._added:
+        if "ByteLevel" in self._steps and index not in self._added:
             return bytes(BYTES[letter] for letter in text if letter in BYTES)
-        if "ByteFallback" in self._kinds and BYTE_PIECE.fullmatch(text):
+        if "ByteFallback" in self._steps and BYTE_PIECE.fullmatch(text):
             return bytes([int(text[3:5], 16)])
         for old, new in self._replaced.items():
             text = text.replace(old, new)
         return text.encode()
 
-    def join(self, ids: Iterable[int], *, skip_special: bool) -> str:
-        skip = self.special if skip_special else frozenset()
-        text = b"".join(self.table.get(index, b"") for index in ids if index not in skip).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.strips else text
+    def decode(self, ids: Iterable[int], *, skip_special: bool, after: Sequence[int] = ()) -> str:
+        """The text that `ids` add to that of `after`. Bytes that spell no character become U+FFFD."""
+        stream = IncrementalDetokenizer(self, skip_special=skip_special, after=after)
+        return stream.push_all(ids) + stream.end()
 
 
-class Stream:
-    """Text from ids as they come. The parts join to `decode` of all ids; a character never comes out in halves.
+class IncrementalDetokenizer:
+    """Text from ids as they come. The texts join to `Detokenizer.decode` of all ids; no character is given in part.
 
-    `push` costs the same however long the text is. Bytes that may still become a character wait for the next token;
-    `end` gives them as U+FFFD.
+    `after`: ids that stand before the first one, such as the prompt's. A leading space of the first new id belongs to
+    the text then, and bytes that complete a character of theirs give that character. `push` takes the same time however
+    long the text is. Bytes that may still become a character wait for the next token; `end` gives them as U+FFFD.
     """
 
-    def __init__(self, pieces: Detokenizer, *, skip_special: bool = True) -> None:
-        self._pieces = pieces
-        self._skip = pieces.special if skip_special else frozenset()
+    def __init__(self, detokenizer: Detokenizer, *, skip_special: bool = True, after: Sequence[int] = ()) -> None:
+        self._table = detokenizer.table
+        self._skip = detokenizer.special if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = pieces.strips
+        before = self._last_bytes(after)
+        self._decoder.decode(before)
+        self._strip = detokenizer.strips and not before
 
     def push(self, token: int) -> str:
-        if token in self._skip:
-            return ""
-        return self._out(self._decoder.decode(self._pieces.table.get(token, b"")))
+        """The text that this token completes."""
+        return self.push_all((token,))
+
+    def push_all(self, ids: Iterable[int]) -> str:
+        """The text that these tokens complete."""
+        return self._text(self._decoder.decode(b"".join(map(self._bytes, ids))))
 
     def end(self) -> str:
-        return self._out(self._decoder.decode(b"", final=True))
+        """The bytes of an unfinished character, as U+FFFD."""
+        return self._text(self._decoder.decode(b"", final=True))
 
-    def _out(self, text: str) -> str:
+    def _bytes(self, token: int) -> bytes:
+        return b"" if token in self._skip else self._table.get(token, b"")
+
+    def _last_bytes(self, ids: Sequence[int]) -> bytes:
+        """The last bytes of a text, from the beginning of a character on; empty where the ids have no text."""
+        last = b""
+        for token in reversed(ids):
+            last = self._bytes(token) + last
+            if len(last) >= LONGEST_CHARACTER:
+                break
+        start = next((i for i in range(len(last)) if last[i] & 0xC0 != 0x80), 0)
+        return last[start:]
+
+    def _text(self, text: str) -> str:
         if text and self._strip:
             self._strip = False
             return text.removeprefix(" ")

@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenizers import AddedToken
+
 from puna.errors import UserError
 from puna.tokenizer import sentencepiece_model, tiktoken_bpe
+from puna.tokenizer.bpe_patterns import ADDS_BOS, NAMES, pre_name
 from puna.tokenizer.sentencepiece_model import BYTE, BYTE_PIECE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece
-from puna.tokenizer.spec import TokenizerSpec, add_tokens, flatten, set_ends, state
+from puna.tokenizer.spec import TokenizerSpec, add_tokens, added_token, flatten, set_ends, state
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -32,9 +35,9 @@ def _read(fields: Mapping[str, Any]) -> TokenizerSpec:
     tokens = [str(token) for token in _array(fields, "tokens", None)]
     if kind == "llama":
         scores = [float(score) for score in _array(fields, "scores", len(tokens))]
-        parts = _read_spm(fields, tokens, scores)
+        spec = _read_spm(fields, tokens, scores)
     elif kind == "gpt2":
-        parts = _read_bpe(fields, tokens)
+        spec = _read_bpe(fields, tokens)
     else:
         raise UserError(
             f"The GGUF file's tokenizer is of kind {kind!r}, but LLaMA models have 'llama' or 'gpt2'; "
@@ -47,18 +50,18 @@ def _read(fields: Mapping[str, Any]) -> TokenizerSpec:
                 raise UserError(
                     f"The GGUF file's {PREFIX}{key} is {index}, but it has {len(tokens)} tokens; fetch it again."
                 )
-            setattr(parts, role, tokens[int(index)])
-    parts.add_bos = bool(fields.get(PREFIX + "add_bos_token", parts.add_bos)) and parts.bos is not None
-    parts.add_eos = bool(fields.get(PREFIX + "add_eos_token", False)) and parts.eos is not None
+            setattr(spec, role, tokens[int(index)])
+    spec.add_bos = bool(fields.get(PREFIX + "add_bos_token", spec.add_bos)) and spec.bos is not None
+    spec.add_eos = bool(fields.get(PREFIX + "add_eos_token", False)) and spec.eos is not None
     ends = [fields.get(f"{PREFIX}{name}_token_id") for name in ("eot", "eom")]
-    parts.stops = tuple(int(index) for index in ends if index is not None)
+    spec.stops = tuple(int(index) for index in ends if index is not None)
     if TEMPLATE in fields:
-        parts.templates = {"default": str(fields[TEMPLATE])}
+        spec.templates = {"default": str(fields[TEMPLATE])}
     for name in fields.get("tokenizer.chat_templates", ()):
         if f"{TEMPLATE}.{name}" in fields:
-            parts.templates[str(name)] = str(fields[f"{TEMPLATE}.{name}"])
-    set_ends(parts)
-    return parts
+            spec.templates[str(name)] = str(fields[f"{TEMPLATE}.{name}"])
+    set_ends(spec)
+    return spec
 
 
 def _array(fields: Mapping[str, Any], name: str, length: int | None) -> Sequence[Any]:
@@ -90,9 +93,9 @@ def _read_bpe(fields: Mapping[str, Any], tokens: list[str]) -> TokenizerSpec:
     size = max((i + 1 for i, kind in enumerate(types) if kind in (NORMAL, UNUSED)), default=0)
     merges = [(left, right) for left, _, right in (str(pair).partition(" ") for pair in _array(fields, "merges", None))]
     backend = tiktoken_bpe.build({token: i for i, token in enumerate(tokens[:size])}, merges, pre)
-    kinds = zip(tokens, types, strict=True)
-    add_tokens(backend, [(t, kind != USER_DEFINED) for t, kind in kinds if kind in (UNKNOWN, CONTROL, USER_DEFINED)])
-    return TokenizerSpec(backend, add_bos=tiktoken_bpe.NAMES[pre] in tiktoken_bpe.IGNORE_MERGES)
+    added = [(t, kind) for t, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    add_tokens(backend, [added_token(token, kind != USER_DEFINED) for token, kind in added])
+    return TokenizerSpec(backend, add_bos=NAMES[pre] in ADDS_BOS)
 
 
 def _types(fields: Mapping[str, Any], tokens: list[str]) -> list[int]:
@@ -104,9 +107,9 @@ def _types(fields: Mapping[str, Any], tokens: list[str]) -> list[int]:
     ]
 
 
-def write_gguf(parts: TokenizerSpec) -> dict[str, Any]:
+def write_gguf(spec: TokenizerSpec) -> dict[str, Any]:
     """The GGUF fields of a tokenizer, from which llama.cpp makes the same ids. UserError where it has no such rule."""
-    backend = parts.backend
+    backend = spec.backend
     model = state(backend.model)
     if model is None or model["type"] != "BPE":
         raise UserError("Only BPE tokenizers can be written to GGUF; keep the checkpoint in the Hugging Face layout.")
@@ -117,7 +120,7 @@ def write_gguf(parts: TokenizerSpec) -> dict[str, Any]:
     added = backend.get_added_tokens_decoder()
 
     def kind(index: int, text: str) -> int:
-        if text == parts.unk and text == model["unk_token"]:
+        if text == spec.unk and text == model["unk_token"]:
             return UNKNOWN
         if index in added:
             return CONTROL if added[index].special else USER_DEFINED
@@ -127,32 +130,42 @@ def write_gguf(parts: TokenizerSpec) -> dict[str, Any]:
 
     fields: dict[str, Any] = {"tokens": tokens, "token_type": [kind(i, text) for i, text in enumerate(tokens)]}
     if any(step["type"] == "ByteLevel" for step in flatten(backend.decoder, "decoders")):
-        fields |= _write_bpe(parts, pairs)
+        fields |= _write_bpe(spec, pairs)
     else:
-        fields |= _write_spm(parts, pairs, tokens)
+        fields |= _write_spm(spec, pairs, tokens)
     for role, key in IDS.items():
-        if (text := getattr(parts, role)) is not None:
+        if (text := getattr(spec, role)) is not None:
             fields[key] = vocab[text]
     for name, texts_of_role in {"eot": END_OF_TURN, "eom": ("<|eom_id|>",)}.items():
         end = next((vocab[text] for text in texts_of_role if vocab.get(text) in added), None)
         if end is not None:
             fields[f"{name}_token_id"] = end
-    fields |= {"add_bos_token": parts.add_bos, "add_eos_token": parts.add_eos}
+    fields |= {"add_bos_token": spec.add_bos, "add_eos_token": spec.add_eos}
     written = {PREFIX + key: value for key, value in fields.items()}
-    if "default" in parts.templates:
-        written[TEMPLATE] = parts.templates["default"]
-    if others := [name for name in parts.templates if name != "default"]:
+    if "default" in spec.templates:
+        written[TEMPLATE] = spec.templates["default"]
+    if others := [name for name in spec.templates if name != "default"]:
         written["tokenizer.chat_templates"] = others
-        written |= {f"{TEMPLATE}.{name}": parts.templates[name] for name in others}
+        written |= {f"{TEMPLATE}.{name}": spec.templates[name] for name in others}
     return written
 
 
-def _write_bpe(parts: TokenizerSpec, pairs: list[tuple[str, ...]]) -> dict[str, Any]:
-    pre = tiktoken_bpe.pre_name(parts.backend)
+def not_in_gguf(token: AddedToken, index: int) -> UserError:
+    """The error for an added token around which llama.cpp would split a text in another way."""
+    said = [name for name in ("lstrip", "rstrip", "single_word", "normalized") if getattr(token, name)]
+    reason = f"has {' and '.join(said)}" if said else "has its own rule for the spaces around it"
+    return UserError(
+        f"The added token {token.content!r} (id {index}) {reason}, for which GGUF has no field, so llama.cpp would "
+        "tokenise the text around it differently; keep the checkpoint in the Hugging Face layout."
+    )
+
+
+def _write_bpe(spec: TokenizerSpec, pairs: list[tuple[str, ...]]) -> dict[str, Any]:
+    pre = pre_name(spec.backend)
     if pre is None:
         raise UserError(
             "llama.cpp has no name for this tokenizer's pre-tokenizer "
-            f"({json.dumps(state(parts.backend.pre_tokenizer), ensure_ascii=False)[:200]}), "
+            f"({json.dumps(state(spec.backend.pre_tokenizer), ensure_ascii=False)[:200]}), "
             "so a GGUF of it would tokenise differently; keep the checkpoint in the Hugging Face layout."
         )
     if not pairs:
@@ -163,8 +176,8 @@ def _write_bpe(parts: TokenizerSpec, pairs: list[tuple[str, ...]]) -> dict[str, 
     return {"model": "gpt2", "pre": pre, "merges": merges, "add_space_prefix": False}
 
 
-def _write_spm(parts: TokenizerSpec, pairs: list[tuple[str, ...]], tokens: list[str]) -> dict[str, Any]:
-    backend = parts.backend
+def _write_spm(spec: TokenizerSpec, pairs: list[tuple[str, ...]], tokens: list[str]) -> dict[str, Any]:
+    backend = spec.backend
     normalizers = [(step["type"], step) for step in flatten(backend.normalizer, "normalizers")]
     known = {"Prepend", "Replace"}
     metaspace = flatten(backend.pre_tokenizer, "pretokenizers")
@@ -175,11 +188,15 @@ def _write_spm(parts: TokenizerSpec, pairs: list[tuple[str, ...]], tokens: list[
             "llama.cpp has no equal of this tokenizer's text normalisation, "
             "so a GGUF of it would tokenise differently; keep the checkpoint in the Hugging Face layout."
         )
-    prefix = any(name == "Prepend" for name, _ in normalizers) or any(
-        step["prepend_scheme"] != "never" for step in metaspace
-    )
-    if parts.scores is not None:
-        scores = (parts.scores + [0.0] * len(tokens))[: len(tokens)]
+    if any(step["prepend_scheme"] != "never" for step in metaspace):
+        raise UserError(
+            "This tokenizer puts a space at the start of a text alone (legacy: false), where llama.cpp puts one "
+            "behind every special token too, and GGUF has no field for the difference; keep the checkpoint in the "
+            "Hugging Face layout, or take llama.cpp's rule by legacy: true in tokenizer_config.json."
+        )
+    prefix = any(name == "Prepend" for name, _ in normalizers)
+    if spec.scores is not None:
+        scores = (spec.scores + [0.0] * len(tokens))[: len(tokens)]
     else:
         special = {token.content for token in backend.get_added_tokens_decoder().values()}
         by_piece = sentencepiece_model.scores(backend.get_vocab(with_added_tokens=False), pairs, special)  # type: ignore[arg-type]

@@ -13,15 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from puna.errors import UserError
 from puna.files import write_bytes
+from puna.tokenizer.panics import panics_refused
 from puna.tokenizer.sentencepiece_model import read_spm
-from puna.tokenizer.spec import TokenizerSpec, add_tokens, read_bytes, read_json, set_ends
+from puna.tokenizer.spec import (
+    TokenizerSpec,
+    add_tokens,
+    check_count,
+    read_bytes,
+    read_json,
+    same_attributes,
+    set_ends,
+)
 from puna.tokenizer.tiktoken_bpe import read_tiktoken
 
 ROLES = ("bos", "eos", "unk", "pad")
-BOS_BY_CLASS = {"LlamaTokenizer", "CodeLlamaTokenizer"}  # these add a BOS unless told otherwise
+TOKEN_KEYS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+BOS_BY_CLASS = {"LlamaTokenizer", "LLaMATokenizer", "CodeLlamaTokenizer"}  # these add a BOS unless told otherwise
 LLAMA_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # what these call their tokens when no file says
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 
@@ -40,7 +51,8 @@ def read_model(path: Path, config: dict[str, Any] | None = None) -> TokenizerSpe
 def read_directory(folder: Path) -> TokenizerSpec:
     """Read a tokenizer from a directory with tokenizer.json, or with tokenizer.model alone."""
     try:
-        return _read(folder, read_json(folder / "tokenizer_config.json"))
+        with panics_refused(hush=True):
+            return _read(folder, read_json(folder / "tokenizer_config.json"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"The tokenizer settings in {folder} are malformed ({error!r}); fetch them again.") from error
 
@@ -49,24 +61,35 @@ def _read(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
     fast, model = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
         data = read_bytes(fast)
-        parts = TokenizerSpec(_backend(data, fast), files={"tokenizer.json": data})
+        spec = TokenizerSpec(_backend(data, fast), source=fast.name, files={fast.name: data})
         if model.is_file():
-            parts.files["tokenizer.model"] = read_bytes(model)
+            spec.files["tokenizer.model"] = read_bytes(model)
     elif model.is_file():
-        parts = read_model(model, config)
+        spec = read_model(model, config)
+        spec.source = model.name
     else:
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model, so text cannot be encoded.")
-    parts.config = config
+    spec.config = config
+    listed_apart = read_json(path := folder / "special_tokens_map.json")
+    if listed_apart:
+        spec.files[path.name] = read_bytes(path)
+    if "added_tokens_decoder" not in config:  # with it, transformers does not look at special_tokens_map.json
+        config = config | {key: value for key, value in listed_apart.items() if value != ""}
+    named = [name for key, value in config.items() if key.endswith("_token") and (name := _text(value))]
+    named += _extra(config)
     if not fast.is_file():
-        _add_listed(parts, read_json(folder / "added_tokens.json"))
-    _add_listed(parts, {_text(token): int(i) for i, token in config.get("added_tokens_decoder", {}).items()}, config)
-    _name_special(parts, config, folder)
-    _set_bos_rule(parts, config)
-    parts.templates = _templates(folder, config, parts.files)
-    return parts
+        apart = read_json(folder / "added_tokens.json")
+        _add_listed(spec, {int(index): _added(text, special=text in named) for text, index in apart.items()})
+    listed = config.get("added_tokens_decoder", {})
+    _add_listed(spec, {int(index): _added(token, special=_text(token) in named) for index, token in listed.items()})
+    _name_special(spec, config, folder)
+    _set_bos_rule(spec, config)
+    spec.templates = _templates(folder, spec.config, spec.files)
+    return spec
 
 
 def _backend(data: bytes, path: Path) -> tokenizers.Tokenizer:
+    check_count(data.count(b'"single_word"'))  # a key of every added token; registering a million takes long
     try:
         backend = tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises a bare Exception for whatever is wrong in the file
@@ -77,59 +100,76 @@ def _backend(data: bytes, path: Path) -> tokenizers.Tokenizer:
 
 
 def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+    """The spelling of a token that is given as a string or with its attributes; empty for anything else."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
 
 
-def _add_listed(parts: TokenizerSpec, listed: dict[str, int], config: dict[str, Any] | None = None) -> None:
-    """Add tokens that stand beside tokenizer.json only; the ids must follow on those that exist."""
-    special = {
-        _text(token)
-        for token in (config or {}).get("added_tokens_decoder", {}).values()
-        if isinstance(token, dict) and token.get("special")
-    }
-    for text, index in sorted(listed.items(), key=lambda item: item[1]):
-        if parts.backend.token_to_id(text) is None:
-            _add(parts, text, text in special)
-        if parts.backend.token_to_id(text) != index:
+def _added(token: Any, *, special: bool) -> AddedToken:
+    """The added token of a string or of {"content": ..., "lstrip": ..., ...}; `special` where it isn't said."""
+    attributes = token if isinstance(token, dict) else {}
+    special = bool(special or attributes.get("special"))
+    strips = {key: bool(attributes.get(key)) for key in ("single_word", "lstrip", "rstrip")}
+    return AddedToken(_text(token), **strips, normalized=bool(attributes.get("normalized", False)), special=special)
+
+
+def _extra(config: dict[str, Any]) -> list[str]:
+    """The spellings of the special tokens without a role."""
+    return [_text(token) for token in _extra_tokens(config)]
+
+
+def _extra_tokens(config: dict[str, Any]) -> list[Any]:
+    tokens: list[Any] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key) or []
+        tokens += value.values() if isinstance(value, dict) else value
+    return tokens
+
+
+def _add_listed(spec: TokenizerSpec, listed: dict[int, AddedToken]) -> None:
+    """Add the tokens that a file lists by id, with their attributes, which rule over those in tokenizer.json."""
+    _add(spec, [token for _, token in sorted(listed.items())])
+    for index, token in listed.items():
+        if token.content and spec.backend.token_to_id(token.content) != index:
             raise UserError(
-                f"The tokenizer's files disagree on {text!r}: id {index} is declared, "
-                f"but it would get {parts.backend.token_to_id(text)}; fetch the checkpoint again."
+                f"The tokenizer's files disagree on {token.content!r}: id {index} is declared, "
+                f"but it would get {spec.backend.token_to_id(token.content)}; fetch the checkpoint again."
             )
 
 
-def _add(parts: TokenizerSpec, text: str, special: bool) -> None:
-    add_tokens(parts.backend, [(text, special)])
-    parts.files.pop("tokenizer.json", None)  # it no longer says everything
+def _add(spec: TokenizerSpec, tokens: list[AddedToken]) -> None:
+    """Register tokens with their attributes, unless the backend has them so."""
+    if spec.source != "tokenizer.json":  # the normalizer is ours then and adds a space, which no file has in mind
+        tokens = [AddedToken(**{**token.__getstate__(), "normalized": False}) for token in tokens]
+    known = {token.content: token for token in spec.backend.get_added_tokens_decoder().values()}
+    new = [token for token in tokens if token.content not in known or not same_attributes(token, known[token.content])]
+    if new:
+        add_tokens(spec.backend, new)
+        spec.files.pop("tokenizer.json", None)  # it no longer says everything
 
 
-def _name_special(parts: TokenizerSpec, config: dict[str, Any], folder: Path) -> None:
-    """Set bos, eos, unk and pad, and the end tokens that config.json and generation_config.json list."""
+def _name_special(spec: TokenizerSpec, config: dict[str, Any], folder: Path) -> None:
+    """Set bos, eos, unk and pad, register every token with a role, and read the end tokens of the model's configs.
+
+    An empty name says nothing, as in the first LLaMA checkpoints: the vocabulary's own token has the role then.
+    """
     generation, model = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
-    listed_apart = read_json(path := folder / "special_tokens_map.json")
-    if listed_apart:
-        parts.files[path.name] = read_bytes(path)
-    config = listed_apart | config
-    special = {token.content for token in parts.backend.get_added_tokens_decoder().values() if token.special}
+    special = {token.content for token in spec.backend.get_added_tokens_decoder().values() if token.special}
     for role in ROLES:
         key = f"{role}_token"
-        named = config.get(key)
-        if named is not None:
-            setattr(parts, role, _text(named))
-        elif key in config:
-            setattr(parts, role, None)
-        elif getattr(parts, role) is None:
+        if name := _text(config.get(key)):
+            setattr(spec, role, name)
+        elif key in config and config[key] is None:
+            setattr(spec, role, None)
+        elif getattr(spec, role) is None:
             listed = _ids(model.get(f"{role}_token_id"))
             usual = LLAMA_NAMES.get(role) if LLAMA_NAMES.get(role) in special else None
-            setattr(parts, role, parts.backend.id_to_token(listed[0]) if listed else usual)
-        text = getattr(parts, role)
-        if text is not None and parts.backend.token_to_id(text) is None:
-            _add(parts, text, True)  # transformers adds a named token that the vocabulary lacks, too
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        others = config.get(key) or []
-        for text in map(_text, others.values() if isinstance(others, dict) else others):
-            if parts.backend.token_to_id(text) is None:
-                _add(parts, text, True)
-    parts.stops = tuple(dict.fromkeys(_ids(generation.get("eos_token_id")) + _ids(model.get("eos_token_id"))))
+            setattr(spec, role, spec.backend.id_to_token(listed[0]) if listed else usual)
+    others = [key for key in config if key.endswith("_token") and key not in TOKEN_KEYS]
+    tokens = [config.get(key) for key in (*TOKEN_KEYS, *others)] + _extra_tokens(config)
+    known = {token.content for token in spec.backend.get_added_tokens_decoder().values()}
+    _add(spec, [_added(token, special=True) for token in tokens if _text(token) not in known])
+    spec.stops = tuple(dict.fromkeys(_ids(generation.get("eos_token_id")) + _ids(model.get("eos_token_id"))))
 
 
 def _ids(value: Any) -> list[int]:
@@ -137,32 +177,35 @@ def _ids(value: Any) -> list[int]:
     return [index for index in values if isinstance(index, int) and index >= 0]
 
 
-def _set_bos_rule(parts: TokenizerSpec, config: dict[str, Any]) -> None:
-    """Find out whether BOS and EOS are added, and make tokenizer.json say the same."""
-    backend = parts.backend
+def _set_bos_rule(spec: TokenizerSpec, config: dict[str, Any]) -> None:
+    """Find out whether BOS and EOS are added, and make tokenizer.json do the same.
+
+    add_bos_token and add_eos_token come first, then a LLaMA class, then what tokenizer.json adds by itself.
+    """
+    backend = spec.backend
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a").ids
-    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    before, after = whole[:at], whole[at + len(plain) :]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    before, after = whole[:start], whole[start + len(plain) :]
     by_class = str(config.get("tokenizer_class", "")).removesuffix("Fast") in BOS_BY_CLASS
-    if before and parts.bos is None:
-        parts.bos = backend.id_to_token(before[0])
-    bos = backend.token_to_id(parts.bos) if parts.bos else None
-    eos = backend.token_to_id(parts.eos) if parts.eos else None
-    said_bos, said_eos = config.get("add_bos_token"), config.get("add_eos_token")
-    decided = said_bos is not None or by_class  # then the post-processor in the file counts for nothing
-    if not decided and (before not in ([], [bos]) or after not in ([], [eos])):
+    if before and spec.bos is None:
+        spec.bos = backend.id_to_token(before[0])
+    bos = backend.token_to_id(spec.bos) if spec.bos else None
+    eos = backend.token_to_id(spec.eos) if spec.eos else None
+    bos_setting, eos_setting = config.get("add_bos_token"), config.get("add_eos_token")
+    decided = bos_setting is not None or by_class  # then the post-processor in the file counts for nothing
+    if spec.source == "tokenizer.json" and not decided and (before not in ([], [bos]) or after not in ([], [eos])):
         wrong = [backend.id_to_token(index) for index in before + after]
         raise UserError(
-            f"tokenizer.json adds {wrong} to every text, but bos_token is {parts.bos!r} and eos_token {parts.eos!r}; "
+            f"tokenizer.json adds {wrong} to every text, but bos_token is {spec.bos!r} and eos_token {spec.eos!r}; "
             "make tokenizer_config.json agree with it."
         )
-    add_bos = said_bos if said_bos is not None else by_class or bool(before)
-    add_eos = said_eos if said_eos is not None else not decided and after == [eos]
-    parts.add_bos, parts.add_eos = bool(add_bos) and bos is not None, bool(add_eos) and eos is not None
-    if before != [bos] * parts.add_bos or after != [eos] * parts.add_eos:
-        set_ends(parts)
-        parts.files.pop("tokenizer.json", None)
+    add_bos = bos_setting if bos_setting is not None else by_class or bool(before)
+    add_eos = eos_setting if eos_setting is not None else not decided and after == [eos]
+    spec.add_bos, spec.add_eos = bool(add_bos) and bos is not None, bool(add_eos) and eos is not None
+    if before != [bos] * spec.add_bos or after != [eos] * spec.add_eos:
+        set_ends(spec)
+        spec.files.pop("tokenizer.json", None)
 
 
 def _templates(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> dict[str, str]:
@@ -183,28 +226,37 @@ def _templates(folder: Path, config: dict[str, Any], files: dict[str, bytes]) ->
     return found
 
 
-def write_directory(parts: TokenizerSpec, folder: Path) -> None:
+def write_directory(spec: TokenizerSpec, folder: Path) -> None:
     """Write the files from which transformers 4 and 5 make the same tokenizer. Each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"tokenizer.json": parts.backend.to_str(pretty=True).encode()} | parts.files
-    config = parts.config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {"tokenizer.json": spec.backend.to_str(pretty=True).encode()} | spec.files
+    config = spec.config | {"tokenizer_class": "PreTrainedTokenizerFast"}
     config.setdefault("clean_up_tokenization_spaces", False)
     config.pop("auto_map", None)  # it names code of the checkpoint, which is neither needed nor run
     for role in ROLES:
-        named = getattr(parts, role)
-        if named is not None and (config.get(f"{role}_token") is None or _text(config[f"{role}_token"]) != named):
+        named = getattr(spec, role)
+        if named is not None and _text(config.get(f"{role}_token")) != named:
             config[f"{role}_token"] = named
-    if not parts.config:
-        config |= {"add_bos_token": parts.add_bos, "add_eos_token": parts.add_eos}
-        named = {f"{role}_token": getattr(parts, role) for role in ROLES if getattr(parts, role)}
+    if listed := config.get("added_tokens_decoder"):
+        config["added_tokens_decoder"] = listed | _attributes(spec, listed)
+    if not spec.config:
+        config |= {"add_bos_token": spec.add_bos, "add_eos_token": spec.add_eos}
+        named = {f"{role}_token": getattr(spec, role) for role in ROLES if getattr(spec, role)}
         files.setdefault("special_tokens_map.json", _json(named))
-    if parts.templates and not any(name.endswith(".jinja") for name in files):
-        several = [{"name": name, "template": source} for name, source in parts.templates.items()]
-        config["chat_template"] = parts.templates["default"] if list(parts.templates) == ["default"] else several
+    if spec.templates and not any(name.endswith(".jinja") for name in files):
+        several = [{"name": name, "template": source} for name, source in spec.templates.items()]
+        config["chat_template"] = spec.templates["default"] if list(spec.templates) == ["default"] else several
     files["tokenizer_config.json"] = _json(config)
     for name, data in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_bytes(folder / name, data)
+
+
+def _attributes(spec: TokenizerSpec, listed: dict[str, Any]) -> dict[str, Any]:
+    """The entries of added_tokens_decoder that the backend has otherwise: transformers takes this file's word."""
+    added = {str(index): token for index, token in spec.backend.get_added_tokens_decoder().items()}
+    pairs = [(index, added[index], _added(token, special=False)) for index, token in listed.items() if index in added]
+    return {index: ours.__getstate__() for index, ours, theirs in pairs if not same_attributes(ours, theirs)}
 
 
 def _json(value: dict[str, Any]) -> bytes:

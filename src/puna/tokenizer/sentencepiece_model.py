@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from puna.errors import UserError
-from puna.tokenizer.spec import TokenizerSpec, add_tokens, read_bytes, set_ends
+from puna.tokenizer.spec import TokenizerSpec, add_tokens, added_token, read_bytes, set_ends
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto; GGUF uses the same
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -61,7 +61,7 @@ def read_spm(path: str | Path, *, legacy: bool = True, prefix_space: bool | None
         index = _signed(int(trainer.get(field, default)))
         return pieces[index].text if 0 <= index < len(pieces) else None
 
-    parts = TokenizerSpec(
+    spec = TokenizerSpec(
         build(pieces, prefix=prefix, legacy=legacy, before=before),
         bos=name(41, 1),
         eos=name(42, 2),
@@ -71,8 +71,8 @@ def read_spm(path: str | Path, *, legacy: bool = True, prefix_space: bool | None
         scores=[piece.score for piece in pieces],
         files={"tokenizer.model": data},
     )
-    set_ends(parts)
-    return parts
+    set_ends(spec)
+    return spec
 
 
 def read_llama2c(path: str | Path) -> TokenizerSpec:
@@ -89,11 +89,11 @@ def read_llama2c(path: str | Path) -> TokenizerSpec:
         raise UserError(f"{path} is not a whole llama2.c tokenizer; fetch it again.") from error
     if len(pieces) < 259:
         raise UserError(f"{path} holds {len(pieces)} pieces, but a llama2.c tokenizer has at least 259.")
-    parts = TokenizerSpec(
+    spec = TokenizerSpec(
         build(pieces), bos="<s>", eos="</s>", unk="<unk>", add_bos=True, scores=[p.score for p in pieces]
     )
-    set_ends(parts)
-    return parts
+    set_ends(spec)
+    return spec
 
 
 def _llama2c_piece(index: int, text: str, score: float) -> Piece:
@@ -109,7 +109,9 @@ def build(
 ) -> tokenizers.Tokenizer:
     """The backend of a SentencePiece BPE vocabulary. `before`: normalizers that run ahead of the handling of spaces."""
     added = [
-        (piece.text, piece.type != USER_DEFINED) for piece in pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
+        added_token(piece.text, piece.type != USER_DEFINED)
+        for piece in pieces
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     # Added tokens after the last ordinary piece stay out of the model, as they do in Hugging Face files.
     size = max((i + 1 for i, piece in enumerate(pieces) if piece.type in (NORMAL, UNUSED, BYTE, UNKNOWN)), default=0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,35 +19,34 @@ import tokenizers
 
 from puna.errors import UserError
 from puna.tokenizer import hf_files, sentencepiece_model
+from puna.tokenizer.bpe_patterns import PRE, patterns
 from puna.tokenizer.builtin_templates import choose
 from puna.tokenizer.chat_template import marks_generation, render, render_spans
-from puna.tokenizer.detokenizer import Detokenizer, Stream
-from puna.tokenizer.gguf_fields import read_gguf, write_gguf
-from puna.tokenizer.spec import TokenizerSpec, state
-from puna.tokenizer.tiktoken_bpe import patterns, read_tiktoken
+from puna.tokenizer.detokenizer import Detokenizer, IncrementalDetokenizer
+from puna.tokenizer.gguf_fields import not_in_gguf, read_gguf, write_gguf
+from puna.tokenizer.panics import panics_refused
+from puna.tokenizer.spec import TokenizerSpec, flatten, probes, state
+from puna.tokenizer.stop_tokens import spelled_ends
+from puna.tokenizer.tiktoken_bpe import read_tiktoken
 
-__all__ = ["Stream", "Tokenizer"]
+__all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
-# Tokens that end a turn or a text wherever they are special: Llama 3's, and ChatML's.
-END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
 SURROGATE = "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
 
 
 class Tokenizer:
     """Text to ids, messages to ids, ids to text. Make one with `load` or a `from_...` method."""
 
-    def __init__(self, parts: TokenizerSpec) -> None:
-        self._parts = parts
-        self._backend = parts.backend
-        self._pieces = Detokenizer(parts.backend)
-        self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(self._id, (parts.bos, parts.eos, parts.unk, parts.pad))
-        self.add_bos, self.add_eos = parts.add_bos, parts.add_eos
-        self.template_name = parts.template_name if parts.templates else None
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self._spec = spec
+        self._backend = spec.backend
+        self._detokenizer = Detokenizer(spec.backend)
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(self._id, (spec.bos, spec.eos, spec.unk, spec.pad))
+        self.add_bos, self.add_eos = spec.add_bos, spec.add_eos
+        self.template_name = spec.template_name if spec.templates else None
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        added = self._backend.get_added_tokens_decoder()
-        ends = [index for text in END_TOKENS if (index := self._id(text)) in added and added[index].special]
-        known = [*parts.stops, *([] if self.eos_id is None else [self.eos_id]), *ends]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(known))
+        declared = [*spec.stops, *([] if self.eos_id is None else [self.eos_id])]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*declared, *spelled_ends(spec.backend)]))
 
     # Where it comes from and goes to
 
@@ -84,23 +84,28 @@ class Tokenizer:
 
     def with_template(self, template: str) -> Tokenizer:
         """The same tokenizer with another chat template: a built-in by name, or the path of a Jinja file."""
-        parts = self._parts
-        source = choose(template, add_bos=parts.add_bos)
-        files = {name: data for name, data in parts.files.items() if not name.endswith(".jinja")}
-        return Tokenizer(replace(parts, templates={"default": source}, template_name=template, files=files))
+        spec = self._spec
+        source = choose(template, add_bos=spec.add_bos)
+        files = {name: data for name, data in spec.files.items() if not name.endswith(".jinja")}
+        return Tokenizer(replace(spec, templates={"default": source}, template_name=template, files=files))
 
     def save(self, directory: str | Path) -> None:
         """Write Hugging Face files that transformers 4 and 5 read the same way. Loading and saving again is stable."""
-        hf_files.write_directory(self._parts, Path(directory))
+        hf_files.write_directory(self._spec, Path(directory))
 
     def to_gguf(self) -> dict[str, Any]:
-        """The `tokenizer.*` fields of a GGUF file. UserError where llama.cpp would tokenise differently."""
-        return write_gguf(self._parts)
+        """The `tokenizer.*` fields of a GGUF file. UserError names what llama.cpp would tokenise differently."""
+        fields = write_gguf(self._spec)
+        result = Tokenizer.from_gguf(fields)
+        for index, token in sorted(self._backend.get_added_tokens_decoder().items()):
+            if any(self.encode(text) != result.encode(text) for text in probes(token.content)):
+                raise not_in_gguf(token, index)
+        return fields
 
     @property
     def model_file(self) -> bytes | None:
         """The checkpoint's own `tokenizer.model`, which Meta's layout carries; None when it has none."""
-        return self._parts.files.get("tokenizer.model")
+        return self._spec.files.get("tokenizer.model")
 
     # Text to ids and back
 
@@ -110,11 +115,9 @@ class Tokenizer:
         The BOS is added only where the text doesn't start with it. With `special=False` the names of special tokens in
         the text, say `<|eot_id|>`, are plain text.
         """
-        backend = self._backend if special else self._plain
-        try:
+        with self._refusals():
+            backend = self._backend if special else self._plain
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeError) as error:
-            raise UserError(SURROGATE) from error
         if bos and self.bos_id is None:
             raise UserError("A BOS was asked for, but this checkpoint's tokenizer has none.")
         if (self.add_bos if bos is None else bos) and ids[:1] != [self.bos_id]:
@@ -125,26 +128,47 @@ class Tokenizer:
 
     def encode_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text, none added, and [start, end) in characters of the text for each of them."""
-        try:
-            found = (self._backend if special else self._plain).encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:
-            raise UserError(SURROGATE) from error
-        return found.ids, found.offsets
+        with self._refusals():
+            backend = self._backend if special else self._plain
+            encoding = backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many documents, none added and no special token recognised; quicker than one by one."""
+        with self._refusals():
+            return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """UserError for a text that is not Unicode, and for one that the library panics on."""
         try:
-            return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+            with panics_refused(hush=self._hush):
+                yield
         except (TypeError, UnicodeError) as error:
             raise UserError(SURROGATE) from error
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) say nothing."""
-        return self._pieces.join(ids, skip_special=skip_special)
+    @cached_property
+    def _hush(self) -> bool:
+        """Whether the regular expressions are the checkpoint's own, so that they may fail on a text."""
+        steps = flatten(self._backend.pre_tokenizer, "pretokenizers") + flatten(self._backend.normalizer, "normalizers")
+        known = {expression for expressions in PRE.values() for expression in expressions}
+        own = {step["pattern"]["Regex"] for step in steps if "Regex" in (step.get("pattern") or ())}
+        return not own <= known
 
-    def stream(self, *, skip_special: bool = True) -> Stream:
-        """A detokeniser for ids that come one by one."""
-        return Stream(self._pieces, skip_special=skip_special)
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True, after: Sequence[int] = ()) -> str:
+        """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) have no text.
+
+        `after`: ids that stand before them, such as a prompt's; the result is what `ids` add to the text of those.
+        """
+        return self._detokenizer.decode(ids, skip_special=skip_special, after=after)
+
+    def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> IncrementalDetokenizer:
+        """A detokenizer for ids that come one by one, behind those of `after`."""
+        return IncrementalDetokenizer(self._detokenizer, skip_special=skip_special, after=after)
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that a token adds to a text, a leading space included; empty for ids without a token."""
+        return self._detokenizer.table.get(index, b"")
 
     def token(self, index: int) -> str:
         """The vocabulary's own spelling of an id."""
@@ -156,6 +180,12 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         """The id of a token by the vocabulary's own spelling, None when there is none."""
         return self._id(token)
+
+    @property
+    def probes(self) -> list[str]:
+        """Texts with every added token in the middle, beside a space, and at a line break, to compare tokenizers on."""
+        added = self._backend.get_added_tokens_decoder()
+        return [text for _, token in sorted(added.items()) for text in probes(token.content)]
 
     @cached_property
     def special_tokens(self) -> list[str]:
@@ -181,7 +211,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja source of the chat template in use, None when the checkpoint carries none and none was chosen."""
-        return self._parts.templates.get("default")
+        return self._spec.templates.get("default")
 
     def render(
         self,
@@ -216,15 +246,15 @@ class Tokenizer:
         kw: dict[str, Any],
     ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
         """Template, messages and variables."""
-        templates = self._parts.templates
+        templates = self._spec.templates
         name = "tool_use" if tools and "tool_use" in templates else "default"
         if name not in templates:
             raise UserError(
                 "This checkpoint carries no chat template; choose one of alpaca, chatml, llama2, llama3 or vicuna "
                 "by `template`, the one that the model was trained with."
             )
-        parts = self._parts
-        named = {"bos_token": parts.bos, "eos_token": parts.eos, "unk_token": parts.unk, "pad_token": parts.pad}
+        spec = self._spec
+        named = {"bos_token": spec.bos, "eos_token": spec.eos, "unk_token": spec.unk, "pad_token": spec.pad}
         known = {key: value for key, value in named.items() if value is not None}
         return templates[name], messages, {**known, **kw, "add_generation_prompt": prompt, "tools": tools}
 
@@ -239,7 +269,7 @@ class Tokenizer:
 
         `template=False` leaves templates and the stop list out: two that agree then give a text the same ids.
         """
-        parts, model = self._parts, state(self._backend.model) or {}
+        spec, model = self._spec, state(self._backend.model) or {}
         added = self._backend.get_added_tokens_decoder()
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
         facts: dict[str, Any] = {
@@ -251,7 +281,7 @@ class Tokenizer:
             "ends": [self.bos_id, self.eos_id, self.unk_id, self.pad_id, self.add_bos, self.add_eos],
         }
         if template:
-            facts |= {"stops": sorted(self.stop_ids), "templates": parts.templates}
+            facts |= {"stops": sorted(self.stop_ids), "templates": spec.templates}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:

@@ -270,8 +270,10 @@ class Trainer:
 
         Ranks of one tensor-parallel group hold the same activations, so they must draw the same.
         """
-        position = (self.strategy.data_rank * self.strategy.options.cp + self.strategy.cp) * self.strategy.options.pp
-        torch.manual_seed((self.options.seed * 1_000_003 + step) * 65_537 + position + self.strategy.pp)
+        position = (
+            self.strategy.data_rank * self.strategy.options.cp + self.strategy.cp_rank
+        ) * self.strategy.options.pp
+        torch.manual_seed((self.options.seed * 1_000_003 + step) * 65_537 + position + self.strategy.pp_rank)
 
     def _rescale(self, updated: bool) -> None:
         """Dynamic loss scaling for float16, by the rule of torch.amp.GradScaler."""

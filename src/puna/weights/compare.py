@@ -23,7 +23,7 @@ from puna.weights.checkpoint import Checkpoint
 from puna.weights.formats import registry
 from puna.weights.layerwise import trace
 from puna.weights.open import open_checkpoint
-from puna.weights.verification import PROBES, as_stored, bit_equal, probes_of_added_tokens
+from puna.weights.verification import PROBES, as_stored, bit_equal
 
 QUANTISED_TOLERANCE = 0.02  # Q8_0 is within 0.01 of its source, 4-bit types are around 0.08
 CHUNK = 1 << 21  # elements compared at a time, in float64
@@ -142,7 +142,7 @@ def compare_tokenizers(
         if of_a != of_b:
             found[what] = (of_a, of_b)
 
-    for probe in (*PROBES, *probes_of_added_tokens(a)):
+    for probe in dict.fromkeys((*PROBES, *a.probes, *b.probes)):
         for special in (True, False):
             ids = [tokenizer.encode(probe, special=special) for tokenizer in (a, b)]
             same(f"ids of {probe!r}", *ids)

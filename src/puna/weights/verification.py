@@ -41,7 +41,7 @@ def verify(source: Checkpoint, expected: Checkpoint, result: Checkpoint, *, more
     if (tokenizer := source.tokenizer()) is not None:
         if difference := tokenizer_difference(tokenizer, result.tokenizer(), more_stops=more_stops):
             raise VerificationError(f"the result's tokenizer is another one: {difference}")
-        compared["tokenizer_probes"] = len(PROBES)
+        compared["tokenizer_probes"] = len(PROBES) + len(tokenizer.probes)
     return {**compared, "logits": _same_logits(source, expected, result)}
 
 
@@ -93,18 +93,13 @@ def tokenizer_difference(source: Tokenizer, result: Tokenizer | None, *, more_st
     """
     if result is None:
         return "it is missing"
-    for text in (*PROBES, *probes_of_added_tokens(source)):
+    for text in (*PROBES, *source.probes):
         if source.encode(text) != result.encode(text):
             return f"it encodes {text!r} otherwise"
     stops, found = set(source.stop_ids), set(result.stop_ids)
     if not (stops <= found if more_stops else stops == found):
         return f"it stops at {sorted(found)}, not at {sorted(stops)}"
     return "" if source.chat_template == result.chat_template else "it has another chat template"
-
-
-def probes_of_added_tokens(tokenizer: Tokenizer, most: int = 64) -> list[str]:
-    """Texts with special tokens between spaces, line breaks and words, where lstrip and rstrip matter."""
-    return [f"a {token} b\n{token}\nc{token}d" for token in tokenizer.special_tokens[:most]]
 
 
 def _logits(source: Checkpoint, ids: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from puna.weights import sharded
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, cast, in_model_order, main_dtype
 from puna.weights.formats import hf, torch_pickle
 from puna.weights.formats.hf import EMBEDDING, OUTPUT
-from puna.weights.formats.megatron import TRACKER, MegatronOptions
 from puna.weights.formats.megatron.args import args_from, config_from
 from puna.weights.formats.megatron.names import (
     NAMINGS,
@@ -38,6 +37,7 @@ from puna.weights.formats.megatron.names import (
     padded_vocab,
     role_of,
 )
+from puna.weights.formats.megatron.write_options import TRACKER, MegatronOptions
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 # Modules whose classes Megatron's checkpoints hold beside tensors: enums, random states.
