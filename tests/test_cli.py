@@ -1,6 +1,7 @@
 """The command line as a whole: help without torch, exit codes, one sentence and never a traceback."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from launching import SECONDS
 from puna import cli
 from puna.commands import info
 from puna.errors import UserError
+from puna.options import options_of
 
 PUNA = [sys.executable, "-m", "puna"]
 
@@ -46,6 +48,15 @@ def test_help_imports_no_torch(verb):
     assert done.stdout.startswith("usage: puna") and not done.stderr
     if verb not in ((), ("bench",)):
         assert "Examples:\n  puna " + " ".join(verb) in done.stdout
+
+
+NEGATIVE = re.compile(r"(leave|omit|skip|without|don't|do not|no|never|disable)\b")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_help_of_a_flag_says_what_true_does(verb):
+    entries = options_of(cli._command(verb)[1]).values()
+    assert not [entry.name for entry in entries if entry.is_flag and NEGATIVE.match(entry.help)]
 
 
 def test_overview_names_every_verb():

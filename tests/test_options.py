@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from puna.errors import UserError
-from puna.options import argument, group, help_text, option, parse, to_yaml
+from puna.options import argument, group, help_text, option, overrides, parse, to_yaml
 
 
 @dataclass(kw_only=True)
@@ -15,7 +15,7 @@ class Shared:
     """Shared by verbs. More on it."""
 
     model: str = argument("the model")
-    top_p: float | None = option(None, "nucleus")
+    top_p: float | None = option(None, "nucleus", above=0)
 
 
 @dataclass(kw_only=True)
@@ -27,15 +27,16 @@ class Options(Shared):
     """
 
     prompt: tuple[str, ...] = argument("prompts", default=())
-    to: Literal["hf", "gguf"] = option("hf", "format")
-    max_tokens: int = option(16, "how many")
-    stop: tuple[str, ...] | None = option(None, "stop at")
-    lens: tuple[int, ...] = option((1, 2), "lengths")
+    to: Literal["hf", "gguf"] = option("hf", "format", old_values={"ggml": "gguf"})
+    max_tokens: int = option(16, "how many", minimum=1, aliases=("length",))
+    stop: tuple[str, ...] | None = option(None, "stop at", escapes=True)
+    lens: tuple[int, ...] = option((1, 2), "lengths", minimum=1)
     bias: dict[int, float] | None = option(None, "bias")
     early: bool | Literal["never"] = option(False, "early")
     chat: bool = option(False, "chat")
-    proof: bool = option(True, "prove")
-    out: Path | None = option(None, "file")
+    verify: bool = option(True, "compare", aliases=("proof",))
+    out: Path | None = option(None, "file", writes="file")
+    seed: int = option(0, "seed")
 
 
 def thing(*words: str) -> Options:
@@ -70,13 +71,13 @@ def test_positionals_may_stand_anywhere():
 
 
 def test_values_may_begin_with_a_dash():
-    assert thing("m", "--top-p", "-0.5").top_p == -0.5
+    assert thing("m", "--seed", "-5").seed == -5
     assert thing("m", "--stop", "a,b", "--stop=--end").stop == ("a,b", "--end")
 
 
 def test_flags():
     assert thing("m", "--chat").chat and not thing("m", "--chat", "--no-chat").chat
-    assert thing("m", "--proof=false").proof is thing("m", "--no-proof").proof is False
+    assert thing("m", "--verify=false").verify is thing("m", "--no-verify").verify is False
 
 
 def test_yaml_holds_the_same_keys_and_the_command_line_wins(tmp_path):
@@ -107,7 +108,7 @@ def test_positionals_fill_what_the_file_leaves_open(tmp_path):
 
 
 def test_to_yaml_gives_the_options_back(tmp_path, capsys):
-    words = ["m", "a", "b", "--max-tokens", "3", "--stop", "ü", "--bias", "{1: 2}", "--out", "x", "--no-proof"]
+    words = ["m", "a", "b", "--max-tokens", "3", "--stop", "ü", "--bias", "{1: 2}", "--out", "x", "--no-verify"]
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(thing(*words)))
     assert thing(str(file)) == thing(*words)
@@ -124,6 +125,14 @@ def test_to_yaml_gives_the_options_back(tmp_path, capsys):
         (("m", "-x"), "puna thing has no option -x (see puna thing --help)"),
         (("m", "--max-tokens", "many"), "--max-tokens takes a whole number, not 'many'"),
         (("m", "--max-tokens", "1.5"), "--max-tokens takes a whole number, not '1.5'"),
+        (("m", "--max-tokens", "1_0"), "--max-tokens takes a whole number, not '1_0'"),
+        (("m", "--max-tokens", " 3 "), "--max-tokens takes a whole number, not ' 3 '"),
+        (("m", "--max-tokens", "٣"), "--max-tokens takes a whole number, not '٣'"),
+        (("m", "--max-tokens", "0"), "--max-tokens must be at least 1, not 0"),
+        (("m", "--lens", "4,-1"), "--lens must be at least 1, not -1"),
+        (("m", "--top-p", "0"), "--top-p must be above 0, not 0.0"),
+        (("m", "--top-p", "1_0.5"), "--top-p takes a number, not '1_0.5'"),
+        (("m", "--top-p", "inf"), "--top-p takes a number, not 'inf'"),
         (("m", "--top-p", "nan"), "--top-p takes a number, not 'nan'"),
         (("m", "--lens", "1,x"), "--lens takes whole numbers, as in 1,4,16, not ['1,x']"),
         (("m", "--bias", "[1]"), "--bias takes a mapping, as in '{13: -100}', not '[1]'"),
@@ -159,6 +168,46 @@ def test_one_sentence_about_the_file(tmp_path, text, says):
     assert message.startswith(str(file)) and message.endswith(says)
 
 
+def test_former_spellings_work_with_a_note(tmp_path, capsys):
+    assert thing("m", "--length", "3", "--to", "ggml", "--no-proof") == Options(
+        model="m", max_tokens=3, to="gguf", verify=False
+    )
+    notes = capsys.readouterr().err
+    assert notes.splitlines() == [
+        "note: --length is now --max-tokens.",
+        "note: --no-proof is now --no-verify.",
+        "note: --to ggml is now gguf.",
+    ]
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\nlength: 3\nproof: false\nto: ggml\n")
+    assert thing(str(file)) == Options(model="m", max_tokens=3, to="gguf", verify=False)
+    assert f"note: {file}: puna thing: length is now max_tokens.\n" in capsys.readouterr().err
+
+
+def test_escapes_on_the_command_line_only(tmp_path):
+    assert thing("m", "--stop", r"\n\t\\n\d\x41\u00e9").stop == ("\n\t\\n\\dAé",)
+    file = tmp_path / "run.yaml"
+    file.write_text(r"stop: '\n'")
+    assert thing("m", "--config", str(file)).stop == (r"\n",)
+
+
+def test_what_can_not_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    for out, says in (
+        (".", "must name a file of its own"),
+        ("..", "must name a file of its own"),
+        ("", "must name a file of its own"),
+        ("folder", "is a folder"),
+        ("new/", "is a folder"),
+        ("nowhere", "is a symbolic link to nothing"),
+        ("missing/x.json", "is in a folder that doesn't exist"),
+    ):
+        assert says in refuse("m", "--out", out), out
+    assert thing("m", "--out", "folder/x.json").out == Path("folder/x.json")
+
+
 def test_too_many_positionals():
     with pytest.raises(UserError, match="puna chat has no place for the argument 'two'"):
         parse("chat", Shared, ["one", "two"])
@@ -176,7 +225,14 @@ def test_required_options():
 def test_help_shows_every_option_by_its_dashed_name():
     text = help_text("thing", Options)
     assert text.startswith("usage: puna thing MODEL [PROMPT...] [options]\n\nDo the thing.")
-    for part in ("--max-tokens N", "(default: 16)", "--to hf|gguf", "--no-proof", "--lens N,...", "Shared by verbs"):
+    for part in (
+        "--max-tokens N",
+        "(default: 16)",
+        "--to hf|gguf",
+        "--verify, --no-verify",
+        "--lens N,...",
+        "Shared by verbs",
+    ):
         assert part in text
     assert "_" not in text and max(map(len, text.splitlines())) <= 120
 
@@ -248,3 +304,49 @@ class Wrapper:
 def test_the_rest_is_taken_verbatim():
     got = parse("wrap", Wrapper, ["--n", "3", "train", "run.yaml", "--n", "4", "--help", "--mesh.tp=2"])
     assert got == Wrapper(n=3, command=("train", "run.yaml", "--n", "4", "--help", "--mesh.tp=2"))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    temperature: float = option(0.0, "temperature", minimum=0)
+    top_k: int = option(0, "candidates")
+    stop: tuple[str, ...] = option((), "stop strings")
+    hidden: bool = True
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """Talk."""
+
+    verbose: bool = option(False, "more")
+    sampling: dict = overrides(Sampling)
+
+
+def test_overrides_hold_what_was_given(tmp_path):
+    assert parse("chat", Chat, []).sampling == {}
+    got = parse("chat", Chat, ["--temperature", "0", "--stop", "a", "--verbose"])
+    assert got == Chat(verbose=True, sampling={"temperature": 0.0, "stop": ("a",)})
+    file = tmp_path / "chat.yaml"
+    file.write_text(to_yaml(got))
+    assert (
+        file.read_text() == "verbose: true\ntemperature: 0.0\nstop:\n- a\n" and parse("chat", Chat, [str(file)]) == got
+    )
+    with pytest.raises(UserError, match="puna chat has no option --hidden"):
+        parse("chat", Chat, ["--hidden"])
+    with pytest.raises(UserError, match="--temperature must be at least 0, not -1.0"):
+        parse("chat", Chat, ["--temperature", "-1"])
+    assert "How tokens are chosen:\n  --temperature X" in help_text("chat", Chat)
+
+
+def test_a_group_may_have_defaults_of_its_own():
+    @dataclass(kw_only=True)
+    class Run:
+        """A run."""
+
+        optim: Optim = group(Optim, lr=0.5)
+
+    assert parse("train", Run, []).optim == Optim(lr=0.5) and to_yaml(Run()) == ""
+    assert parse("train", Run, ["--optim.betas", "0.1,0.2"]).optim == Optim(lr=0.5, betas=(0.1, 0.2))
+    assert "learning rate (default: 0.5)" in help_text("train", Run)

@@ -1,33 +1,28 @@
-"""Dataclass <-> YAML <-> command line: one table of options behind all three.
+"""Options: one keyword-only dataclass is a verb's command line, its YAML file and its Python arguments.
 
-A verb's options are a keyword-only dataclass whose fields are made by `argument` (positional) and `option`. The same
-names work as `--max-tokens 8`, as `--max_tokens 8` and as `max_tokens: 8` in a YAML file; the command line beats the
-file, the later of two files beats the earlier. A field made by `group` holds a dataclass of its own: `--optim.lr 1e-5`,
-and in YAML a mapping. Whatever is wrong is one `UserError` sentence that names the nearest known option.
-
-Plain Python rather than a parser library: positionals between options, a leading YAML file, nearest names and
-one-sentence errors would each have to be patched into one, and --help must start in a blink.
+Fields are made by `argument` (positional), `option`, `group` and `overrides`; other fields are for Python alone. The
+names are the same everywhere: `--max-tokens 8`, `--max_tokens=8`, `max_tokens: 8`; of a group, `--optim.lr 1e-5` and a
+mapping in YAML. The command line beats the files, a later file an earlier one. Any mistake is one `UserError` sentence.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
-import math
+import os
 import re
-import types
+import sys
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, field
-from operator import attrgetter
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from textwrap import fill, indent
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from puna.errors import UserError, nearest
+from puna.option_values import bare, convert, in_words, is_list, metavar, unescape
 
 T = TypeVar("T")
 OPTION = re.compile(
@@ -37,24 +32,98 @@ WIDTH = 100
 CHECKPOINT = "path, Hugging Face id (org/name) or alias (smollm2-135m-instruct) of a checkpoint"
 
 
-def argument(help: str, default: Any = MISSING, *, rest: bool = False) -> Any:
+@dataclass(frozen=True)
+class Option:
+    """A field as an option. `name` is its full name, `optim.lr`; `default` is MISSING where a value is required."""
+
+    name: str
+    hint: Any
+    default: Any
+    owner: type
+    help: str
+    positional: bool = False
+    rest: bool = False
+    aliases: tuple[str, ...] = ()
+    old_values: Mapping[str, str] = field(default_factory=dict)
+    minimum: float | None = None
+    above: float | None = None
+    escapes: bool = False
+    writes: Literal["file", "folder", "prefix"] | None = None
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling: max_tokens -> --max-tokens."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_flag(self) -> bool:
+        return bare(self.hint) is bool
+
+
+def argument(help: str, default: Any = MISSING, *, rest: bool = False, writes: str | None = None) -> Any:
     """A positional field; required without a default. A `tuple[str, ...]` takes all that remain.
 
     `rest`: it takes everything from the first positional on as it is, options of another command too.
 
     It can be given by name too (`--model X`, `model: X`); then the positionals of the command line fill the others.
     """
-    return field(default=default, metadata={"help": help, "positional": True, "rest": rest})
+    return field(default=default, metadata={"help": help, "positional": True, "rest": rest, "writes": writes})
 
 
-def option(default: Any, help: str) -> Any:
-    """A `--named` field; required when `default` is `dataclasses.MISSING`."""
-    return field(default=default, metadata={"help": help})
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    old_values: Mapping[str, str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    escapes: bool = False,
+    writes: str | None = None,
+) -> Any:
+    """A `--named` field; required when `default` is `dataclasses.MISSING`. The help of a flag says what true does.
+
+    `aliases` and `old_values`: former spellings, which still work with a note on stderr. `minimum`, `above`: bounds of
+    a number, or of each number of a list. `escapes`: the command line takes \\n and the like. `writes`: the path is
+    one that the verb writes, so that what can't be written to is refused at once.
+    """
+    metadata = {"help": help, "aliases": aliases, "old_values": old_values or {}, "minimum": minimum, "above": above}
+    metadata |= {"escapes": escapes, "writes": writes}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def group(kind: type) -> Any:
-    """A field that holds options of their own, a dataclass of `option` fields."""
-    return field(default_factory=kind, metadata={"group": kind})
+def group(kind: type, **defaults: Any) -> Any:
+    """A field that holds a dataclass of options, with `defaults` of its own where they differ from the dataclass's."""
+    return field(default_factory=lambda: kind(**defaults), metadata={"group": kind, "defaults": defaults})
+
+
+def overrides(kind: type) -> Any:
+    """A field that holds, as a dict by name, those options of the dataclass `kind` that were given."""
+    return field(default_factory=dict, metadata={"overrides": kind})
+
+
+def options_of(kind: Any) -> dict[str, Option]:
+    """Every option by its full name: a class's own, those that it overrides, and its groups'."""
+    hints = typing.get_type_hints(kind)
+    own, later = {}, {}
+    for entry in dataclasses.fields(kind):
+        metadata = dict(entry.metadata)
+        if "group" in metadata:
+            for inner in options_of(metadata["group"]).values():
+                default = metadata["defaults"].get(inner.name, inner.default)
+                name = f"{entry.name}.{inner.name}"
+                later[name] = dataclasses.replace(inner, name=name, default=default)
+        elif "overrides" in metadata:
+            for inner in options_of(metadata["overrides"]).values():
+                hint = inner.hint if type(None) in typing.get_args(inner.hint) else inner.hint | None
+                later[inner.name] = dataclasses.replace(inner, hint=hint, default=None)
+        elif "help" in metadata:
+            default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+            owner = next(cls for cls in kind.__mro__ if entry.name in cls.__dict__.get("__annotations__", {}))
+            own[entry.name] = Option(entry.name, hints[entry.name], default, owner, **metadata)
+    return own | later
 
 
 def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
@@ -63,22 +132,25 @@ def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
     Raises `UserError` for anything that doesn't fit, and `SystemExit(0)` after printing what `--help` or
     `--print-config` ask for.
     """
-    hints = _hints(kind)
+    known = options_of(kind)
     named, positional, files, show = _split(verb, kind, argv)
     values: dict[str, Any] = {}
     for file in files:
         values |= convert_all(kind, _read_yaml(file), where=f"{file}: puna {verb}")
-    for name in _positionals(kind):
-        if positional and name not in named and name not in values:
-            many = typing.get_origin(hints[name]) is tuple
+    for name, entry in known.items():
+        if entry.positional and positional and name not in named and name not in values:
+            many = is_list(entry.hint)
             named[name], positional = (positional, []) if many else (positional[0], positional[1:])
     if positional:
         raise UserError(f"puna {verb} has no place for the argument {positional[0]!r} (see puna {verb} --help)")
-    values |= {name: convert(text, hints[name], flag(name)) for name, text in named.items()}
-    for entry in _fields(kind):
-        if entry.default is MISSING and entry.name not in values:
-            what = entry.name.upper() if entry.metadata.get("positional") else flag(entry.name)
-            raise UserError(f"puna {verb} needs {what}: {entry.metadata['help']} (see puna {verb} --help)")
+    for name, text in named.items():
+        if known[name].escapes:
+            text = [unescape(item) for item in text] if isinstance(text, list) else unescape(text)
+        values[name] = _checked(text, known[name], known[name].flag)
+    for name, entry in known.items():
+        if entry.default is MISSING and name not in values:
+            what = name.upper() if entry.positional else entry.flag
+            raise UserError(f"puna {verb} needs {what}: {entry.help} (see puna {verb} --help)")
     options = _make(kind, values)
     if show:
         print(to_yaml(options), end="")
@@ -89,8 +161,8 @@ def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
 def convert_all(kind: type, mapping: Any, where: str) -> dict[str, Any]:
     """Checked values for the fields that `mapping` names, with dashes or underscores. `where` opens each error."""
     if not isinstance(mapping, Mapping):
-        raise UserError(f"{where} takes a mapping of option names to values, not {mapping!r}")
-    hints, groups = _hints(kind), _groups(kind)
+        raise UserError(f"{where} takes a mapping of option names to values, not {mapping!r:.200}")
+    known, groups = options_of(kind), _groups(kind)
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
@@ -98,46 +170,50 @@ def convert_all(kind: type, mapping: Any, where: str) -> dict[str, Any]:
             inner = convert_all(groups[name], {} if value is None else value, f"{where}: {key}")
             values |= {f"{name}.{inside}": item for inside, item in inner.items()}
             continue
-        if name not in hints:
-            raise UserError(f"{where} has no option {key!r}{nearest(name, [*hints, *groups])}")
-        values[name] = convert(value, hints[name], f"{where}: {key}")
+        if name not in known and (renamed := _renamed(name, known)):
+            _note(f"{where}: {key} is now {renamed}")
+            name = renamed
+        if name not in known:
+            raise UserError(f"{where} has no option {key!r}{nearest(name, [*known, *groups])}")
+        values[name] = _checked(value, known[name], f"{where}: {key}")
     return values
 
 
 def to_yaml(options: Any) -> str:
     """The options that differ from their defaults, as the YAML file that gives them again."""
     values: dict[str, Any] = {}
-    for entry in _fields(type(options)):
-        value = attrgetter(entry.name)(options)
+    flat = [entry.name for entry in dataclasses.fields(options) if "overrides" in entry.metadata]
+    given = {name: value for field_name in flat for name, value in getattr(options, field_name).items()}
+    for name, entry in options_of(type(options)).items():
+        *path, last = name.split(".")
+        value: Any = options
+        for step in path:
+            value = getattr(value, step)
+        value = getattr(value, last) if hasattr(value, last) else given.get(last)
         if value != entry.default:
-            *path, name = entry.name.split(".")
             inner = values
             for step in path:
                 inner = inner.setdefault(step, {})
-            inner[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            inner[last] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
 
 
 def help_text(verb: str, kind: type) -> str:
     """What `puna VERB --help` prints: the class's docstring, then its options by the class that declares them."""
-    hints, usage = _hints(kind), [f"puna {verb}"]
-    for entry in _fields(kind):
-        if entry.metadata.get("positional"):
-            word = entry.name.upper() + ("..." if typing.get_origin(hints[entry.name]) is tuple else "")
+    known, usage = options_of(kind), [f"puna {verb}"]
+    sections: dict[tuple[type, str], list[str]] = {}
+    for name, entry in known.items():
+        if entry.positional:
+            word = name.upper() + ("..." if is_list(entry.hint) else "")
             usage.append(word if entry.default is MISSING else f"[{word}]")
+        sections.setdefault((entry.owner, name.rpartition(".")[0]), []).append(_describe(entry))
     lines = ["usage: " + " ".join([*usage, "[options]"]), "", _doc(kind)]
-    for owner in kind.__mro__[:-1]:
-        own = [entry for entry in _fields(kind) if entry.name in owner.__dict__.get("__annotations__", {})]
-        if own:
-            title = "Arguments and options" if owner is kind else summary(owner)
-            lines += ["", f"{title}:", *(_describe(entry, hints[entry.name]) for entry in own)]
-    for name, inner in _groups(kind).items():
-        inside = [entry for entry in _fields(kind) if entry.name.startswith(f"{name}.")]
-        lines += ["", f"{summary(inner)}:"]
-        lines += [_describe(entry, hints[entry.name]) for entry in inside]
+    own = sections.pop((kind, ""), [])
+    for (owner, _), rows in [((kind, ""), own), *sections.items()] if own else sections.items():
+        lines += ["", "Arguments and options:" if owner is kind else f"{summary(owner)}:", *rows]
     lines += ["", "Everywhere:"]
     for head, text in (
-        ("--config FILE", "read options from a YAML file; what stands on the command line wins"),
+        ("--config FILE", "read options from a YAML file; the command line overrides it"),
         ("--print-config", "print the options as such a file and stop"),
         ("--traceback", "show the Python traceback of an error"),
         ("--help", "this page"),
@@ -151,28 +227,15 @@ def summary(kind: type) -> str:
     return _doc(kind).splitlines()[0].rstrip(".")
 
 
-def convert(value: Any, hint: Any, name: str) -> Any:
-    """`value`, from YAML or as the text of the command line, as the type `hint`; `UserError` names `name`."""
-    try:
-        return _convert(value, hint)
-    except (ValueError, yaml.YAMLError, RecursionError):
-        close = nearest(str(value), map(str, typing.get_args(hint))) if typing.get_origin(hint) is Literal else ""
-        raise UserError(f"{name} takes {_wanted(hint)}, not {value!r}{close}") from None
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a field: max_tokens -> --max-tokens."""
-    return "--" + name.replace("_", "-")
-
-
 def _split(verb: str, kind: type, argv: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str], bool]:
     """The command line as (named values, positional texts, YAML files, --print-config)."""
     named: dict[str, Any] = {}
     positional: list[str] = []
     files: list[str] = []
     show = False
-    hints, rest = _hints(kind), list(argv)
-    verbatim = any(entry.metadata.get("rest") for entry in _fields(kind))
+    known, rest = options_of(kind), list(argv)
+    flags = {name for name, entry in known.items() if entry.is_flag}
+    verbatim = any(entry.rest for entry in known.values())
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -193,29 +256,83 @@ def _split(verb: str, kind: type, argv: Sequence[str]) -> tuple[dict[str, Any], 
         if name == "print_config":
             show = True
             continue
+        if name not in known and (renamed := _renamed(name, known)):
+            _note(f"{written} is now --{renamed.replace('_', '-')}")
+            name = renamed
         negated = name.removeprefix("no_")
-        if not equals and name in hints and _bare(hints[name]) is bool:
+        if not equals and name in flags:
             named[name] = True
             continue
-        if not equals and negated in hints and _bare(hints[negated]) is bool:
+        if not equals and negated in flags:
             named[negated] = False
             continue
-        if name not in hints and name != "config":
-            known = [flag(known) for known in [*hints, "config", "help"]]
-            hint = nearest(written.replace("_", "-"), known) or f" (see puna {verb} --help)"
+        if name not in known and name != "config":
+            spellings = [*(entry.flag for entry in known.values()), "--config", "--help"]
+            hint = nearest(written.replace("_", "-"), spellings) or f" (see puna {verb} --help)"
             raise UserError(f"puna {verb} has no option {written}{hint}")
         if not equals:
             if not rest or (rest[0].startswith("--") and OPTION.fullmatch(rest[0])):
-                wanted = "a YAML file" if name == "config" else _wanted(hints[name])
+                wanted = "a YAML file" if name == "config" else in_words(known[name].hint)
                 raise UserError(f"{written} needs a value: {wanted}")
             value = rest.pop(0)
         if name == "config":
             files.append(value)
-        elif typing.get_origin(_bare(hints[name])) is tuple:
+        elif is_list(known[name].hint):
             named.setdefault(name, []).append(value)
         else:
             named[name] = value
     return named, positional, files, show
+
+
+def _renamed(name: str, known: Mapping[str, Option]) -> str | None:
+    """The present name for a former one, `no_` included."""
+    for entry in known.values():
+        if name in entry.aliases:
+            return entry.name
+        if name.removeprefix("no_") in entry.aliases and entry.is_flag:
+            return f"no_{entry.name}"
+    return None
+
+
+def _checked(value: Any, entry: Option, name: str) -> Any:
+    """`value` converted to the option's type and within its bounds. `name` opens the error."""
+    if isinstance(value, str) and value in entry.old_values:
+        _note(f"{name} {value} is now {entry.old_values[value]}")
+        value = entry.old_values[value]
+    if entry.writes:
+        _check_output(str(value), entry.writes, name)
+    value = convert(value, entry.hint, name)
+    for number in value if isinstance(value, tuple) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            if entry.minimum is not None and number < entry.minimum:
+                raise UserError(f"{name} must be at least {entry.minimum:g}, not {number}")
+            if entry.above is not None and number <= entry.above:
+                raise UserError(f"{name} must be above {entry.above:g}, not {number}")
+    return value
+
+
+def _check_output(text: str, what: str, name: str) -> None:
+    """Raises UserError for a path that can't be written: what is known now need not end hours of work."""
+    path = Path(text).expanduser()
+    if not path.name or path.name == "..":
+        raise UserError(f"{name} {text!r} must name a {what} of its own, such as {Path(text, 'result')}")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{name} {text} is a symbolic link to nothing: make its target, or choose another path")
+    if what == "folder":
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{name} {text} is a file, not a folder: choose another path")
+        return
+    if text.endswith(("/", os.sep)):
+        example = "data" if what == "prefix" else "result"
+        raise UserError(f"{name} {text} is a folder: add the name of the {what}, such as {text}{example}")
+    if what == "file" and path.is_dir():
+        raise UserError(f"{name} {text} is a folder: give the path of a file")
+    if what == "file" and not path.absolute().parent.is_dir():
+        raise UserError(f"{name} {text} is in a folder that doesn't exist: make {path.parent} first")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}.", file=sys.stderr)
 
 
 def _read_yaml(file: str) -> Any:
@@ -232,87 +349,19 @@ def _read_yaml(file: str) -> Any:
     return {} if content is None else content
 
 
-def _convert(value: Any, hint: Any) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        for member in args:
-            if member is not type(None):
-                try:
-                    return _convert(value, member)
-                except ValueError:
-                    continue
-        raise ValueError
-    if origin is Literal:
-        for choice in args:
-            if value == choice or str(value) == str(choice):
-                return choice
-        raise ValueError
-    if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if args[0] in (int, float):  # 128,512
-            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
-        return tuple(_convert(item, args[0]) for item in items)
-    if origin is dict:
-        value = yaml.safe_load(value) if isinstance(value, str) else value
-        if not isinstance(value, dict):
-            raise ValueError
-        return {_convert(key, args[0]): _convert(item, args[1]) for key, item in value.items()}
-    if hint is bool:
-        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
-        if isinstance(value, bool):
-            return value
-        raise ValueError
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError
-    if hint is int and isinstance(value, float):
-        raise ValueError
-    if hint is float and not math.isfinite(float(value)):
-        raise ValueError
-    return Path(str(value)).expanduser() if hint is Path else hint(value)
-
-
-def _wanted(hint: Any) -> str:
-    """A type in words."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_wanted(member) for member in args if member is not type(None))
-    if origin is Literal:
-        *most, last = map(str, args)
-        return f"{', '.join(most)} or {last}" if most else last
-    if origin is tuple:
-        return {int: "whole numbers, as in 1,4,16", float: "numbers, as in 0.5,1"}.get(args[0], "text")
-    if origin is dict:
-        return "a mapping, as in '{13: -100}'"
-    return {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}.get(hint, "text")
-
-
-def _metavar(hint: Any) -> str:
-    hint = _bare(hint)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return "|".join(_metavar(member) for member in args if member is not type(None))
-    if origin is Literal:
-        return "|".join(map(str, args))
-    if origin is tuple:
-        return _metavar(args[0]) + (",..." if args[0] in (int, float) else "")
-    return {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT"}.get(hint, "{KEY: VALUE}")
-
-
-def _describe(entry: Field, hint: Any) -> str:
-    text, default = entry.metadata["help"], entry.default
-    if entry.metadata.get("positional"):
+def _describe(entry: Option) -> str:
+    text, default = entry.help, entry.default
+    if entry.positional:
         return _row(entry.name.upper(), text)
-    if _bare(hint) is bool:
-        return _row(flag(f"no_{entry.name}" if default else entry.name), text)
+    if entry.is_flag and default is True:
+        return _row(f"{entry.flag}, --no-{entry.flag[2:]}", f"{text} (default: yes)")
+    if entry.is_flag:
+        return _row(entry.flag, text)
     if default is MISSING:
         text += " (required)"
-    elif default not in (None, ()):
+    elif default not in (None, (), {}):
         text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
-    return _row(f"{flag(entry.name)} {_metavar(hint)}", text)
+    return _row(f"{entry.flag} {metavar(entry.hint)}", text)
 
 
 def _row(head: str, text: str) -> str:
@@ -324,45 +373,21 @@ def _doc(kind: type) -> str:
     return inspect.cleandoc(kind.__doc__ or "")
 
 
-def _bare(hint: Any) -> Any:
-    """`T` of an optional `T | None`."""
-    members = [member for member in typing.get_args(hint) if member is not type(None)]
-    return members[0] if typing.get_origin(hint) in (Union, types.UnionType) and len(members) == 1 else hint
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    """The type of every option, by its name; one of a group is called `group.name`."""
-    hints = typing.get_type_hints(kind)
-    found = {entry.name: hints[entry.name] for entry in dataclasses.fields(kind) if "group" not in entry.metadata}
-    for name, inner in _groups(kind).items():
-        found |= {f"{name}.{inside}": hint for inside, hint in _hints(inner).items()}
-    return found
-
-
-def _fields(kind: Any) -> list[Field]:
-    """Every option, those of groups last and under their full name."""
-    found = [entry for entry in dataclasses.fields(kind) if "group" not in entry.metadata]
-    for name, inner in _groups(kind).items():
-        for entry in map(copy.copy, _fields(inner)):
-            entry.name = f"{name}.{entry.name}"
-            found.append(entry)
-    return found
-
-
 def _groups(kind: Any) -> dict[str, type]:
     return {entry.name: entry.metadata["group"] for entry in dataclasses.fields(kind) if "group" in entry.metadata}
 
 
 def _make(kind: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass from options by their full names."""
-    own = {name: value for name, value in values.items() if "." not in name}
-    for name, inner in _groups(kind).items():
-        start = f"{name}."
-        own[name] = _make(
-            inner, {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
-        )
+    own: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if "group" in entry.metadata:
+            start = f"{entry.name}."
+            inner = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+            own[entry.name] = _make(entry.metadata["group"], {**entry.metadata["defaults"], **inner})
+        elif "overrides" in entry.metadata:
+            names = options_of(entry.metadata["overrides"])
+            own[entry.name] = {name: values[name] for name in names if values.get(name) is not None}
+        elif entry.name in values:
+            own[entry.name] = values[entry.name]
     return kind(**own)
-
-
-def _positionals(kind: type) -> list[str]:
-    return [entry.name for entry in _fields(kind) if entry.metadata.get("positional")]

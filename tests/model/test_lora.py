@@ -14,6 +14,8 @@ from puna.model.llama import Llama
 from puna.model.lora import LINEARS, LoRA, LoraOptions, adapted, add_lora, initial, lora_tensors, saved
 from puna.model.tp_plan import TP_PLAN, tp_slice
 from puna.model_loader import random_model
+from puna.options import parse
+from puna.train.options import TrainOptions
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -181,3 +183,20 @@ def test_split_updates_sum_up_to_the_whole_ones(size):
 def test_regular_expressions_need_the_whole_name():
     with pytest.raises(UserError, match="no linear layer"):
         adapted(CONFIG, LoraOptions(targets=r"layers\.0.*"))
+
+
+def test_names_joined_by_commas_are_several():
+    options = parse(
+        "train",
+        TrainOptions,
+        ["--out", "x", "--model.name", "m", "--data.train", "d", "--lora.targets", "q_proj,v_proj"],
+    )
+    assert options.lora.targets == LoraOptions(targets="q_proj,v_proj").targets == ("q_proj", "v_proj")
+    assert LoraOptions(targets=r".*\.\d{1,2}\.mlp\..*").targets == (r".*\.\d{1,2}\.mlp\..*",)
+
+
+def test_training_and_library_have_one_default():
+    options = parse(
+        "train", TrainOptions, ["--out", "x", "--model.name", "m", "--data.train", "d", "--lora.rank", "16"]
+    )
+    assert options.lora == LoraOptions()

@@ -2,16 +2,15 @@
 
 import math
 import re
-from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from puna.model.lora import LoraOptions, adapted
+from puna.model.lora import adapted
 from puna.model.presets import PRESETS
 from puna.options import parse
-from puna.parallel.mesh import MeshOptions, check_batch, check_model, resolve
+from puna.parallel.mesh import check_batch, check_model, resolve
 from puna.train.build import check
 from puna.train.options import TrainOptions
 
@@ -43,14 +42,14 @@ def test_recipe(path):
     options = parse("train", TrainOptions, [str(path)])
     check(options)
     devices = int(re.search(r"^# (\d+) devices?: puna ", path.read_text(), re.MULTILINE)[1])
-    mesh = resolve(MeshOptions(**asdict(options.mesh)), devices)
+    mesh = resolve(options.mesh, devices)
     assert math.prod((mesh.pp, mesh.dp_replicate, mesh.dp_shard, mesh.cp, mesh.tp)) == devices
     shape = PRESETS[SHAPES[options.model.name]]
     check_model(shape, mesh)
     assert check_batch(mesh, options.batch_size, options.micro_batch_size, options.data.seq_len) >= 1
     assert options.data.seq_len <= shape.max_position_embeddings
     if options.lora.rank:
-        assert adapted(shape, LoraOptions(**asdict(options.lora)))
+        assert adapted(shape, options.lora)
     assert options.out == Path("runs") / path.stem
 
 

@@ -30,7 +30,7 @@ class ConvertOptions(WriteOptions):
     vocab_size: int | None = option(None, "tokens of the source's vocabulary; rows beyond are padding and left out")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     overwrite: bool = option(False, "replace DST, if puna wrote it")
-    verify: bool = option(True, "leave out the comparison of the result with its source")
+    verify: bool = option(True, "compare the result with its source", aliases=("proof",))
 
 
 def run(options: ConvertOptions) -> int:

@@ -37,7 +37,7 @@ class LaunchOptions:
     slurm: bool = option(False, "print an sbatch script")
     k8s: bool = option(False, "print a Kubernetes Job with its Service")
     name: str = option("puna", "manifests: the job's name")
-    gpus: bool = option(True, "manifests: ask for a GPU per process")
+    gpus: bool = option(True, "manifests: request a GPU for each process")
     cpus: int = option(8, "manifests: CPU cores per process")
     time: str = option("24:00:00", "Slurm: longest time of the job")
     image: str | None = option(None, "Kubernetes: container image with puna")

@@ -29,7 +29,7 @@ class LoraMergeOptions(WriteOptions):
     dtype: str = option("auto", f"{DTYPE}; auto is the one that the model is stored in")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     overwrite: bool = option(False, "replace DST, if puna wrote it")
-    verify: bool = option(True, "leave out the comparison of the result with model and adapter")
+    verify: bool = option(True, "compare the result with model and adapter", aliases=("proof",))
 
 
 def run(options: LoraMergeOptions) -> int:

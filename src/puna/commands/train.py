@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from puna import __version__
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
 
 def run(options: TrainOptions) -> int:
     """The verb. Prints where the result is; 128 + the signal's number when one ended the run before its last step."""
-    from puna.parallel.mesh import MeshOptions
     from puna.parallel.strategy import ParallelStrategy
     from puna.train.build import check, claim
 
     check(options)
-    strategy = ParallelStrategy.start(MeshOptions(**asdict(options.mesh)), options.device)
+    strategy = ParallelStrategy.start(options.mesh, options.device)
     try:
         with strategy.watch_ranks(), claim(options.out, strategy):
             return _train(options, strategy)

@@ -33,7 +33,7 @@ class VerifyOptions:
     tolerance: float | None = option(
         None, "relative difference of a tensor that counts as the same; 0 when not given, 0.02 for quantised ones"
     )
-    logits: bool = option(True, "compare what is stored alone, without running both on probe texts")
+    logits: bool = option(True, "also compare the logits of probe texts")
     json: bool = option(False, "print JSON")
 
 

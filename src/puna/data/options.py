@@ -38,7 +38,7 @@ class PrepareOptions:
     loss: Literal["all", "last"] = option("all", "which answers of a conversation are trained")
     text_field: str = option("text", "handler text: the field of the document")
     documents: Literal["line", "paragraph", "file"] = option("line", "unit of text files that is a document")
-    append_eos: bool = option(True, "leave out the EOS after every document")
+    append_eos: bool = option(True, "end every document with the EOS token")
     special_tokens: bool = option(False, "recognise special tokens that documents spell, as rendered conversations do")
     validation: float = option(0.01, "fraction of the samples, by their hash, held out for validation; 0 for no split")
     workers: int | None = option(None, "processes; all cores when not given")

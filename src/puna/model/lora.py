@@ -7,11 +7,9 @@ they are split over ranks says `puna.model.tp_plan`, how they are stored `puna.w
 
 from __future__ import annotations
 
-import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -22,9 +20,9 @@ from puna.errors import UserError, nearest
 from puna.model.config import ModelConfig
 from puna.model.linear import Linear
 from puna.model.llama import Llama
+from puna.model.lora_options import LINEARS, LoraOptions
 
 T = TypeVar("T")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
 
 
@@ -42,62 +40,24 @@ class LoRA(nn.Module):
         return F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b) * self.scale
 
 
-@dataclass(frozen=True)
-class LoraOptions:
-    """What is adapted, and how strongly.
-
-    `targets`: linear layers by name (`q_proj`, `layers.0.mlp.up_proj`, or `all-linear`) or by a regular expression that
-    matches the whole name (`.*layers\\.[0-3]\\..*_proj`). `modules_to_save`: modules that are trained whole, chosen the
-    same way (`embed_tokens`, `lm_head`, `norm`). `rank_pattern` and `alpha_pattern` give single layers, by the end of
-    their name or a regular expression for it, a rank or alpha of their own. The update is scaled by alpha / rank, with
-    `rslora` by alpha / sqrt(rank) (arXiv 2312.03732).
-    """
-
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    rslora: bool = False
-    targets: str | tuple[str, ...] = LINEARS
-    modules_to_save: str | tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise UserError(f"a LoRA rank must be a whole number above 0, not {rank!r}.")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-                raise UserError(f"LoRA's alpha must be a number above 0, not {alpha!r}.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA's dropout must be at least 0 and below 1, not {self.dropout}.")
-
-    def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.rank)
-
-    def scale_of(self, module: str) -> float:
-        rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
-
-
 def adapted(config: ModelConfig, options: LoraOptions) -> list[str]:
     """The linear layers that get an update, `model.layers.0.self_attn.q_proj` and so on, in model order.
 
     A layer that is trained whole gets none. Raises UserError for a pattern that matches no linear layer.
     """
     linears = [name for name in _modules(config) if name.split(".")[-1] in (*LINEARS, "lm_head")]
-    targets = [options.targets] if isinstance(options.targets, str) else options.targets
-    if not targets:
+    if options.rank < 1:
+        raise UserError(f"A LoRA rank must be a positive integer, not {options.rank}.")
+    if not options.targets:
         raise UserError(f"LoRA needs targets: some of {', '.join(LINEARS)}.")
-    flat = [name for target in targets for name in (LINEARS if target == ALL_LINEAR else [target])]
+    flat = [name for target in options.targets for name in (LINEARS if target == ALL_LINEAR else [target])]
     whole = saved(config, options)
     return [name for name in select(flat, linears, "linear layer") if name not in whole]
 
 
 def saved(config: ModelConfig, options: LoraOptions) -> list[str]:
     """The modules that are trained and stored whole. A tied embedding and output layer go together."""
-    named = [options.modules_to_save] if isinstance(options.modules_to_save, str) else options.modules_to_save
-    chosen = select(named, _modules(config), "module")
+    chosen = select(options.modules_to_save, _modules(config), "module")
     tied = ("model.embed_tokens", "lm_head")
     if config.tie_word_embeddings and not set(tied).isdisjoint(chosen):
         chosen = [name for name in _modules(config) if name in (*chosen, *tied)]
@@ -171,14 +131,6 @@ def _modules(config: ModelConfig) -> list[str]:
     """Every module that holds weights, a tied output layer too."""
     names = dict.fromkeys(name.rpartition(".")[0] for name in config.tensors())
     return list(names | {"lm_head": None})
-
-
-def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
-    """The value of the first pattern that matches the end of the name from a dot on, as peft looks them up."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _fresh(name: str, tensors: dict[str, tuple[int, ...]], seed: int, device: torch.device) -> Tensor:

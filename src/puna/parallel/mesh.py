@@ -7,34 +7,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.model.tp_plan import check_tp
+from puna.options import option
 
-SCHEDULES = ("1f1b", "gpipe", "interleaved")
-METHODS = ("allgather", "ring")
+PpSchedule = Literal["1f1b", "gpipe", "interleaved"]
+CpMethod = Literal["allgather", "ring"]
+SCHEDULES, METHODS = get_args(PpSchedule), get_args(CpMethod)
 
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """The number of ranks along each axis of the mesh; `dp_shard` -1 takes what the others leave.
+    """Number of ranks along each axis of the device mesh; `dp_shard` -1 takes what the others leave.
 
     `dp_replicate` holds copies of all weights, `dp_shard` cuts weights, gradients and optimizer state (FSDP2), `cp`
     cuts each sequence, `tp` each layer (`sequence_parallel`: the residual stream too), `pp` the stack of layers, in
     `virtual_stages` pieces a rank for the interleaved schedule.
     """
 
-    dp_replicate: int = 1
-    dp_shard: int = -1
-    tp: int = 1
-    sequence_parallel: bool = False
-    pp: int = 1
-    pp_schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    virtual_stages: int = 1
-    cp: int = 1
-    cp_method: Literal["allgather", "ring"] = "allgather"
+    dp_replicate: int = option(1, "replicas of all weights", minimum=1)
+    dp_shard: int = option(-1, "ranks that weights, gradients and optimizer state are sharded over (FSDP2)", minimum=-1)
+    tp: int = option(1, "tensor-parallel ranks", minimum=1)
+    sequence_parallel: bool = option(False, "with tp: norms and residuals are split over the sequence")
+    pp: int = option(1, "pipeline stages", minimum=1)
+    pp_schedule: PpSchedule = option("1f1b", "order of a pipeline's microbatches")
+    virtual_stages: int = option(1, "interleaved: stages of each rank", minimum=1)
+    cp: int = option(1, "ranks that each sequence is split over (context parallelism)", minimum=1)
+    cp_method: CpMethod = option("allgather", "how attention gets the keys and values of other ranks")
 
     @property
     def stages(self) -> int:

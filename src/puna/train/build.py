@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -177,7 +177,7 @@ def make_loader(
 
 def lora_options(options: TrainOptions) -> LoraOptions | None:
     """The adapters that are trained; None for full training."""
-    return LoraOptions(**asdict(options.lora)) if options.lora.rank else None
+    return options.lora if options.lora.rank else None
 
 
 def build_parts(

@@ -6,7 +6,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
+from puna.model.lora_options import LoraOptions
 from puna.options import group, option
+from puna.parallel.mesh import MeshOptions
 
 Precision = Literal["bf16-mixed", "bf16", "fp16-mixed", "fp32", "fp64"]
 
@@ -45,7 +47,7 @@ class OptimOptions:
     betas: tuple[float, ...] = option((0.9, 0.95), "decay of AdamW's two averages")
     eps: float = option(1e-8, "AdamW's epsilon")
     weight_decay: float = option(0.1, "decoupled; norms and biases never decay")
-    decay_embeddings: bool = option(True, "embeddings and output layer decay too")
+    decay_embeddings: bool = option(True, "apply weight decay to embeddings and output layer too")
     state: Literal["fp32", "bf16"] = option("fp32", "data type of AdamW's averages")
     clip: float = option(1.0, "largest norm of the gradient; 0 never clips")
     z_loss: float = option(0.0, "weight of the squared log of the softmax' sum, which keeps logits small (1e-4)")
@@ -67,42 +69,12 @@ class ScheduleOptions:
 
 
 @dataclass(kw_only=True)
-class TrainMeshOptions:
-    """How ranks share the work; dp_shard fills what the others leave."""
-
-    dp_replicate: int = option(1, "groups of ranks that each hold all weights")
-    dp_shard: int = option(-1, "ranks over which weights, gradients and optimizer state are cut (FSDP2)")
-    tp: int = option(1, "ranks over which each layer is cut")
-    sequence_parallel: bool = option(False, "with tp: norms and residuals are cut over the sequence")
-    pp: int = option(1, "pipeline stages")
-    pp_schedule: Literal["1f1b", "gpipe", "interleaved"] = option("1f1b", "order of a pipeline's microbatches")
-    virtual_stages: int = option(1, "interleaved: stages on each rank")
-    cp: int = option(1, "ranks over which each sequence is cut (long context)")
-    cp_method: Literal["allgather", "ring"] = option("allgather", "how attention meets keys of other ranks")
-
-
-@dataclass(kw_only=True)
-class TrainLoraOptions:
-    """LoRA: small matrices beside the frozen weights are trained; rank 0 trains the weights themselves."""
-
-    rank: int = option(0, "inner size of the adapters, 8 to 64; 0 is full training")
-    alpha: float = option(16.0, "adapters count alpha / rank")
-    dropout: float = option(0.0, "share of the adapters' inputs that is dropped")
-    rslora: bool = option(False, "adapters count alpha / sqrt(rank)")
-    targets: tuple[str, ...] = option(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "modules that get one, by name or regular expression",
-    )
-    modules_to_save: tuple[str, ...] = option((), "modules trained in full beside them (embed_tokens, lm_head)")
-
-
-@dataclass(kw_only=True)
 class CheckpointOptions:
     """What is saved, and taken up again."""
 
     every: int = option(500, "steps between checkpoints; 0 saves at the end alone")
     keep: int = option(2, "how many of the newest stay, beside the best by validation loss")
-    asynchronous: bool = option(True, "training goes on while a checkpoint is written")
+    asynchronous: bool = option(True, "write checkpoints in the background while training continues")
     export_dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "of the result's weights")
 
 
@@ -156,7 +128,7 @@ class TrainOptions:
     data: TrainDataOptions = group(TrainDataOptions)
     optim: OptimOptions = group(OptimOptions)
     schedule: ScheduleOptions = group(ScheduleOptions)
-    mesh: TrainMeshOptions = group(TrainMeshOptions)
-    lora: TrainLoraOptions = group(TrainLoraOptions)
+    mesh: MeshOptions = group(MeshOptions)
+    lora: LoraOptions = group(LoraOptions, rank=0)  # rank 0 trains all weights
     checkpoint: CheckpointOptions = group(CheckpointOptions)
     log: LogOptions = group(LogOptions)

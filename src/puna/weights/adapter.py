@@ -240,7 +240,7 @@ def _options(path: Path, said: dict[str, Any]) -> LoraOptions:
             alpha=said.get("lora_alpha", 8),
             dropout=float(said.get("lora_dropout") or 0.0),
             rslora=bool(said.get("use_rslora")),
-            targets=targets if isinstance(targets, str) else tuple(map(str, targets)),
+            targets=(targets,) if isinstance(targets, str) else tuple(map(str, targets)),
             modules_to_save=tuple(map(str, said.get("modules_to_save") or ())),
             rank_pattern=dict(said.get("rank_pattern") or {}),
             alpha_pattern=dict(said.get("alpha_pattern") or {}),
@@ -267,8 +267,7 @@ def _theirs(name: str) -> str:
 
 def _targeted(adapter: Adapter, module: str) -> bool:
     """Whether adapter_config.json says that this linear layer is adapted, by peft's rules."""
-    targets, excluded = adapter.options.targets, adapter.said.get("exclude_modules") or ()
-    listed = [targets] if isinstance(targets, str) else targets
+    listed, excluded = adapter.options.targets, adapter.said.get("exclude_modules") or ()
     if ALL_LINEAR in listed:
         listed = LINEARS
     barred = [excluded] if isinstance(excluded, str) else excluded
