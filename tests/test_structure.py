@@ -22,7 +22,17 @@ CIRCLES: list[set[str]] = [
     {"puna.engine.cuda_graphs", "puna.engine.runner"},
 ]
 # Command line and the engine's bookkeeping: a --help, or a property test of the scheduler, must not wait for torch.
-COMMAND_LINE = ["errors", "progress", "options", "cli", "__main__", "weights.hub", "data.options", "train.options"]
+COMMAND_LINE = [
+    "errors",
+    "progress",
+    "option_values",
+    "options",
+    "cli",
+    "__main__",
+    "weights.hub",
+    "data.options",
+    "train.options",
+]
 COMMAND_LINE += [f"commands.{path.stem}" for path in sorted((PACKAGE / "commands").glob("[a-z]*.py"))]
 BOOKKEEPING = ["engine.sampling_params", "engine.sequence", "engine.block_pool", "engine.scheduler", "model.tp_plan"]
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from puna.options import CHECKPOINT, argument, option
-from puna.weights.formats.registry import DTYPE, TO, WriteOptions, chosen
+from puna.weights.formats.registry import DTYPE, OLD_NAMES, TO, WriteOptions, chosen
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class ConvertOptions(WriteOptions):
 
     src: str = argument(CHECKPOINT)
     dst: Path = argument("what to write: a directory, or for gguf a file")
-    to: str = option(MISSING, TO)
+    to: str = option(MISSING, TO, old_values=OLD_NAMES)
     dtype: str = option("auto", f"{DTYPE}; auto keeps each tensor's own")
     vocab_size: int | None = option(None, "tokens of the source's vocabulary; rows beyond are padding and left out")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from puna.options import CHECKPOINT, argument, option
-from puna.weights.formats.registry import DTYPE, TO, WriteOptions, chosen
+from puna.weights.formats.registry import DTYPE, OLD_NAMES, TO, WriteOptions, chosen
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class LoraMergeOptions(WriteOptions):
     model: str = argument(CHECKPOINT)
     adapter: Path = argument("directory of an adapter in peft's layout: adapter_config.json, adapter_model.safetensors")
     dst: Path = argument("what to write: a directory, or for gguf a file")
-    to: str = option("hf", TO)
+    to: str = option("hf", TO, old_values=OLD_NAMES)
     dtype: str = option("auto", f"{DTYPE}; auto is the one that the model is stored in")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     overwrite: bool = option(False, "replace DST, if puna wrote it")

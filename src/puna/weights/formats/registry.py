@@ -69,18 +69,24 @@ def chosen(options: Any) -> dict[str, Any]:
     return {entry.name: getattr(options, entry.name) for entry, _ in write_options()}
 
 
+def _settings(entry: Field) -> dict[str, Any]:
+    """The arguments of `option` beside default and help."""
+    return {name: value for name, value in entry.metadata.items() if name != "help"}
+
+
 def _write_options_class() -> type:
     """A dataclass of all formats' write options, the help of each opening with the formats that take it."""
     hints = {name: hint for fmt in writable() for name, hint in get_type_hints(fmt.options).items()}
     entries = []
     for entry, formats in write_options():
         text = f"{names(formats)}: {entry.metadata['help']}"
-        entries.append((entry.name, hints[entry.name], option(entry.default, text)))
+        entries.append((entry.name, hints[entry.name], option(entry.default, text, **_settings(entry))))
     doc = {"__doc__": "Options of the written format.", "__module__": __name__}
     return make_dataclass("WriteOptions", entries, kw_only=True, namespace=doc)
 
 
 WriteOptions: Any = _write_options_class()
+OLD_NAMES = {alias: fmt.name for fmt in writable() for alias in fmt.aliases}
 TO = f"format to write: {', '.join(fmt.name for fmt in writable())}"
 DTYPE = "data type to write: " + ", ".join(
     name if len(formats) == len(writable()) else f"{name} ({names(formats)})" for name, formats in dtypes().items()
