@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.model.presets import PRESETS
-from puna.model.tp_plan import TP_PLAN, check_tp, chunk, tp_slice
+from puna.model.tp_plan import TP_PLAN, check_tp, chunk, dtensor_chunk, dtensor_slice, kv_heads_per_rank, tp_slice
 
 SMALL = ModelConfig(
     vocab_size=131,
@@ -31,6 +31,38 @@ def test_parts_are_neighbours_that_differ_by_one_at_most(total, size):
     assert [at for part in parts for at in range(total)[part]] == list(range(total))
     lengths = [part.stop - part.start for part in parts]
     assert lengths == sorted(lengths, reverse=True) and lengths[0] - lengths[-1] <= 1
+
+
+@given(total=st.integers(1, 300), size=st.integers(1, 16))
+def test_dtensors_parts_are_those_of_torch_chunk(total, size):
+    """torch.chunk gives fewer parts than asked where the last ones would be empty."""
+    expected = [part.tolist() for part in torch.arange(total).chunk(size)]
+    expected += [[]] * (size - len(expected))
+    assert [list(range(total)[dtensor_chunk(total, rank, size)]) for rank in range(size)] == expected
+    if total % size == 0:
+        assert all(dtensor_chunk(total, rank, size) == chunk(total, rank, size) for rank in range(size))
+
+
+@given(shape=st.tuples(st.integers(1, 40), st.integers(1, 40)), data=st.data())
+def test_dtensors_cuts_follow_one_another(shape, data):
+    """Cut after cut, as torch.chunk does it: tp first, then fsdp."""
+    tensor = torch.arange(shape[0] * shape[1]).view(shape)
+    expected, cuts = tensor, []
+    for size in data.draw(st.lists(st.integers(1, 4), max_size=3)):
+        dimension, rank = data.draw(st.integers(0, 1)), data.draw(st.integers(0, size - 1))
+        cuts.append((dimension, rank, size))
+        parts = expected.chunk(size, dimension)
+        expected = parts[rank] if rank < len(parts) else expected.narrow(dimension, 0, 0)
+    assert torch.equal(tensor[dtensor_slice(shape, cuts)], expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_heads_of_a_rank_are_those_of_its_key_projection(size):
+    for kv in (1, 2, 4, 8):
+        config = replace(SMALL, num_key_value_heads=kv)
+        name = "model.layers.0.self_attn.k_proj.weight"
+        rows = tp_slice(name, config.tensors()[name], config, size - 1, size)[0]
+        assert (rows.stop - rows.start) == kv_heads_per_rank(config, size) * config.head_dim
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

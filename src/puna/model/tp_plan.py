@@ -104,10 +104,6 @@ def tp_slice(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, 
     return (chunk(shape[0], rank, size), *full[1:])
 
 
-def kv_bytes_per_token(config: ModelConfig, size: int, itemsize: int) -> int:
-    """Bytes of keys and values that one of `size` tensor-parallel ranks caches for a token; `itemsize` of the dtype.
-
-    2 x layers x KV heads of the rank x head_dim x itemsize; a rank has one head at least.
-    """
-    heads = max(1, config.num_key_value_heads // size)
-    return 2 * config.num_hidden_layers * heads * config.head_dim * itemsize
+def kv_heads_per_rank(config: ModelConfig, size: int) -> int:
+    """Key/value heads that each of `size` ranks computes and caches; at least one, which several ranks then share."""
+    return max(1, config.num_key_value_heads // size)

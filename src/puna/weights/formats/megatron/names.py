@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
+from puna.model.tp_plan import chunk
 from puna.weights.checkpoint import Index
 from puna.weights.formats.hf import EMBEDDING, OUTPUT
 from puna.weights.sharded import Shape
@@ -139,10 +140,10 @@ class MegatronLayout:
         """Per key/value head: its query heads' rows, its key's, its value's."""
         config, head = self.config, self.config.head_dim
         width = (config.hidden_size,) if kind == "weight" else ()
-        groups = config.num_key_value_heads // self.tp
+        groups = chunk(config.num_key_value_heads, rank, self.tp)
         repeats = config.num_attention_heads // config.num_key_value_heads
         pieces, row = [], 0
-        for group in range(rank * groups, (rank + 1) * groups):
+        for group in range(groups.start, groups.stop):
             for name, rows in (("q", repeats * head), ("k", head), ("v", head)):
                 there = (slice(group * rows, (group + 1) * rows), *_all(width))
                 here = (slice(row, row + rows), *_all(width))
@@ -152,20 +153,19 @@ class MegatronLayout:
 
     def _rows(self, names: list[str], rows: int, width: Shape, rank: int) -> RankTensor:
         """A rank's rows of one matrix, or of several one after the other."""
-        part = rows // self.tp
-        there = (slice(rank * part, (rank + 1) * part), *_all(width))
+        part, there = rows // self.tp, (chunk(rows, rank, self.tp), *_all(width))
         pieces = [Slice(name, (slice(n * part, (n + 1) * part), *_all(width)), there) for n, name in enumerate(names)]
         return RankTensor((len(names) * part, *width), tuple(pieces))
 
     def _columns(self, name: str, rows: int, columns: int, rank: int) -> RankTensor:
-        part = columns // self.tp
-        there = (slice(0, rows), slice(rank * part, (rank + 1) * part))
+        part, there = columns // self.tp, (slice(0, rows), chunk(columns, rank, self.tp))
         return RankTensor((rows, part), (Slice(name, _all((rows, part)), there),))
 
     def vocabulary(self, name: str, rank: int) -> RankTensor:
         """A rank's rows of the vocabulary, and, beyond its end, copies of its last rows in their order."""
         size, part, width = self.config.vocab_size, self.vocab // self.tp, (self.config.hidden_size,)
-        start, stop = rank * part, (rank + 1) * part
+        mine = chunk(self.vocab, rank, self.tp)
+        start, stop = mine.start, mine.stop
         pieces, row = [], start
         while row < stop:
             source = row if row < size else (row - (self.vocab - size)) % size
