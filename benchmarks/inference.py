@@ -90,7 +90,7 @@ def llama_cpp(directory: Path, rows: int, length: int) -> Peer:
     from puna.weights.convert import convert
 
     file = directory.parent / "model.gguf"
-    convert(str(directory), file, to="gguf", dtype="bfloat16", prove=False)
+    convert(str(directory), file, to="gguf", dtype="bfloat16", verify=False)
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, None)
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
@@ -173,7 +173,7 @@ def main() -> None:
             from puna.weights.convert import convert
 
             directory = Path(folder) / "model"
-            convert(options.model, directory, to="hf", dtype="bfloat16", prove=False)
+            convert(options.model, directory, to="hf", dtype="bfloat16", verify=False)
             config = puna.ModelConfig.from_hf(json.loads((directory / "config.json").read_text()))
         peers: dict[str, Peer] = {"puna": ours(directory, max(batches), length)}
         for name, make in (

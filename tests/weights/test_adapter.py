@@ -40,6 +40,8 @@ ADAPTERS = {
     "saved whole": PLAIN | {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
     "a saved MLP": PLAIN | {"modules_to_save": ["mlp"]},
     "output layer": PLAIN | {"target_modules": ["k_proj", "lm_head"]},
+    "token rows": PLAIN | {"trainable_token_indices": [7, 3, 30]},
+    "token rows of both": PLAIN | {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [9, 8, 300]}},
 }
 
 
@@ -94,8 +96,9 @@ def test_theirs_loads_in_ours(name, tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [PLAIN, PLAIN | {"modules_to_save": ["lm_head", "embed_tokens"]}, PLAIN | {"target_modules": ["q_proj", "lm_head"]}]
-    + [PLAIN | {"modules_to_save": [name]} for name in ("lm_head", "embed_tokens")],
-    ids=["plain", "both saved", "output layer", "output saved", "embedding saved"],
+    + [PLAIN | {"modules_to_save": [name]} for name in ("lm_head", "embed_tokens")]
+    + [PLAIN | {"trainable_token_indices": [7, 3, 30]}],
+    ids=["plain", "both saved", "output layer", "output saved", "embedding saved", "token rows"],
 )
 def test_theirs_on_a_tied_model(settings, tiny_checkpoint, tmp_path):
     """What makes embedding and output layer differ unties them."""
@@ -247,7 +250,7 @@ def wider(tensors):
         (lambda a: edit(a, bias="all"), "bias='all'"),
         (lambda a: edit(a, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (lambda a: edit(a, fan_in_fan_out=True), "fan_in_fan_out=True"),
-        (lambda a: edit(a, trainable_token_indices=[1]), "trainable_token_indices"),
+        (lambda a: edit(a, trainable_token_indices=[1]), "lacks .*trainable_tokens_delta"),
         (lambda a: edit(a, peft_type="IA3"), "peft_type 'IA3'"),
         (lambda a: edit(a, target_modules=None), "names no target_modules"),
         (lambda a: edit(a, r="many"), "rank must be a whole number"),
@@ -256,7 +259,7 @@ def wider(tensors):
         (lambda a: edit(a, target_modules="(q_proj"), "damaged regular expression"),
         (
             lambda a: edit(a, target_modules=["q_proj", "v_proj", "up_proj"]),
-            "down_proj.lora_A.weight, which this model",
+            "down_proj.lora_A.weight, but adapter_config.json doesn.t name it",
         ),
         (
             lambda a: edit(a, target_modules=[*PLAIN["target_modules"], "up_proj"]),
@@ -289,11 +292,40 @@ def test_what_is_not_an_adapter_of_this_model_is_refused_by_name(spoil, said, ti
         merge(source, read_adapter(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("wrapped", ["_orig_mod.{}", "module._orig_mod.{}", "base_model.model._orig_mod.{}"])
+def test_names_of_wrappers_are_stripped(wrapped, tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    expected = theirs(base, tmp_path / "a", PLAIN)
+    file = tmp_path / "a/adapter_model.safetensors"
+    save_file({wrapped.format(name): tensor for name, tensor in load_file(file).items()}, file)
+    with open_checkpoint(base) as source:
+        assert (logits(unmerged(source, read_adapter(tmp_path / "a"))) - expected).abs().max() < 1e-5
+
+
+def test_token_rows_are_the_same_bits_in_any_slice(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint()
+    theirs(base, tmp_path / "a", ADAPTERS["token rows"])
+    with open_checkpoint(base) as source:
+        result, name = merge(source, read_adapter(tmp_path / "a")), "model.embed_tokens.weight"
+        whole = result.read(name)
+        assert (whole != source.read(name)).any(1).nonzero().flatten().tolist() == [3, 7, 30]
+        for index in ((slice(5, 31),), (slice(0, 4), slice(8, 20)), (slice(7, 8), slice(0, 1))):
+            assert torch.equal(result.read(name, index), whole[index])
+
+
+@pytest.mark.parametrize("ids", [{"q_proj": [1]}, [3, 3], [-1], ["a"], {"embed_tokens": []}, [1 << 40]])
+def test_token_rows_that_cannot_be_are_refused(ids, tiny_checkpoint, tmp_path):
+    theirs(tiny_checkpoint(), tmp_path / "a", PLAIN)
+    edit(tmp_path / "a", trainable_token_indices=ids)
+    with pytest.raises(UserError, match="trainable_token_indices="):
+        read_adapter(tmp_path / "a")
+
+
 def test_an_adapter_of_another_size_of_model_is_refused_by_name(tiny_checkpoint, tmp_path):
     theirs(tiny_checkpoint(num_hidden_layers=3), tmp_path / "deeper", PLAIN)
     theirs(tiny_checkpoint(hidden_size=32, head_dim=8), tmp_path / "narrower", PLAIN)
     with open_checkpoint(tiny_checkpoint()) as source:
-        with pytest.raises(UserError, match=r"model.layers.2.* no place for .*another model"):
+        with pytest.raises(UserError, match=r"holds .*model.layers.2.*, but this model has no model.layers.2"):
             merge(source, read_adapter(tmp_path / "deeper"))
         with pytest.raises(UserError, match=r"has shape \[32, 4\], this model needs \[64, 4\]: .*another model"):
             merge(source, read_adapter(tmp_path / "narrower"))

@@ -1,6 +1,7 @@
-"""What a LLaMA model is, in numbers; from and to Hugging Face's config.json (keys of transformers 4 and 5).
+"""The shape of a LLaMA model; from and to Hugging Face's config.json (keys of transformers 4 and 5).
 
-Torch-free, so that the command line can describe a checkpoint without paying for torch.
+Keys that change no number are ignored, keys that do and aren't implemented are refused by name. Imports no torch, so
+that the command line can describe a checkpoint at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.errors import UserError
+from puna.progress import note
 
 # rope_type -> the keys it needs beside rope_theta, and those it may carry (transformers' modeling_rope_utils).
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
@@ -31,13 +33,11 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
 }
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Keys that change the mathematics, with the only values under which it is LLaMA's.
+# Keys that change the computation, with the values at which it is LLaMA's.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
-    "sliding_window": (None,),
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
-    "quantization_config": (None,),
     "num_local_experts": (None,),
     "qk_layernorm": (False, None),
     "use_qk_norm": (False, None),
@@ -97,10 +97,10 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read a config.json. Raises UserError, naming the key, for what is missing or not implemented."""
-        kind = config.get("model_type")
-        if kind != "llama":
-            said = f"model_type {kind!r}" if kind else f"no model_type and architectures {config.get('architectures')}"
-            raise UserError(f"config.json says {said}; puna implements model_type 'llama' only.")
+        model_type = config.get("model_type")
+        if model_type != "llama":
+            found = f"model_type {model_type!r}" if model_type else f"architectures {config.get('architectures')}"
+            raise UserError(f"config.json has {found}; puna implements model_type 'llama' only.")
         for key in NEEDED:
             if config.get(key) is None:
                 raise UserError(f"config.json lacks {key!r}, which every LLaMA needs; take it from the model's source.")
@@ -111,6 +111,7 @@ class ModelConfig:
         for key, allowed in FIXED.items():
             if config.get(key) not in allowed:
                 raise UserError(f"config.json asks for {key}={config[key]!r}, which puna does not implement.")
+        _check_window(config)
         heads = config["num_attention_heads"]
         if config.get("head_dim") is None and config["hidden_size"] % heads:
             raise UserError(
@@ -224,6 +225,21 @@ def _check_number(key: str, value: Any) -> None:
         raise UserError(f"config: {key} must be a finite number above 0, not {value!r}.")
 
 
+def _check_window(config: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a sliding window that hides tokens: switched on and shorter than the context."""
+    window, layers = config.get("sliding_window"), config.get("layer_types")
+    if isinstance(layers, list) and any(layer != "full_attention" for layer in layers):
+        others = sorted({str(layer) for layer in layers if layer != "full_attention"})
+        if others != ["sliding_attention"] or window is None:
+            raise UserError(f"config.json asks for layer_types {', '.join(others)}, which puna does not implement.")
+    elif isinstance(layers, list) or config.get("use_sliding_window") is False:
+        return
+    if window is not None:
+        _check_count("sliding_window", window)
+        if window < config.get("max_position_embeddings", 2048):
+            raise UserError(f"config.json asks for sliding_window={window!r}, which puna does not implement.")
+
+
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     for key in ("rope_parameters", "rope_scaling"):
@@ -233,26 +249,30 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     given = (scaling.pop("rope_theta", None), config.get("rope_theta"), 10000.0)
     theta = next(value for value in given if value is not None)
     _check_number("rope_theta", theta)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    rope_type = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if scaling.pop("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UserError("config.json asks for partial_rotary_factor, which puna does not implement.")
     scaling = {key: value for key, value in scaling.items() if value is not None}
-    if kind == "default":
+    if rope_type == "default":
         return float(theta), None
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         known = ", ".join(["default", *ROPE_KEYS])
-        raise UserError(f"config.json asks for RoPE type {kind!r}, which puna does not implement; it knows {known}.")
-    needed, optional = ROPE_KEYS[kind]
+        raise UserError(f"config.json asks for RoPE type {rope_type!r}, which puna does not implement; it has {known}.")
+    needed, optional = ROPE_KEYS[rope_type]
     if missing := needed - scaling.keys():
-        raise UserError(f"config.json: RoPE type {kind!r} lacks {', '.join(sorted(missing))}.")
-    if unknown := scaling.keys() - needed - optional:
-        raise UserError(f"config.json: RoPE type {kind!r} has unknown keys {', '.join(sorted(unknown))}.")
+        raise UserError(f"config.json: RoPE type {rope_type!r} lacks {', '.join(sorted(missing))}.")
+    if unused := scaling.keys() - needed - optional:  # transformers ignores them too
+        note(f"config.json has keys that RoPE type {rope_type!r} doesn't use, ignored: {', '.join(sorted(unused))}.")
+    scaling = {key: value for key, value in scaling.items() if key not in unused}
+    for key in ("mscale", "mscale_all_dim"):  # 0 is absence: the attention factor takes both or none
+        if scaling.get(key) == 0:
+            del scaling[key]
     for key, value in scaling.items():
         if key == "original_max_position_embeddings":
             _check_count(key, value)
         elif key not in ("truncate", "finetuned"):
-            _check_number(f"{key} of RoPE type {kind!r}", value)
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            _check_number(f"{key} of RoPE type {rope_type!r}", value)
+    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise UserError("config: low_freq_factor of RoPE type 'llama3' must be below high_freq_factor.")
-    return float(theta), {"rope_type": kind, **scaling}
+    return float(theta), {"rope_type": rope_type, **scaling}

@@ -1,8 +1,8 @@
 """LoRA adapters in peft's layout: adapter_config.json and adapter_model.safetensors.
 
-Read whatever of it is LoRA on a LLaMA; what would make another model of it (DoRA, trained biases, updates of the
-embedding ...) is refused by name. Written so that `peft` computes what puna does. Layout: peft's docs, "PEFT checkpoint
-format" (https://huggingface.co/docs/peft/developer_guides/checkpoint).
+Reads LoRA on a LLaMA, modules saved whole, and trained rows of the embedding; what would make another model of it
+(DoRA, trained biases, LoRA on the embedding ...) is refused by name. Written so that `peft` computes what puna does.
+Layout: https://huggingface.co/docs/peft/developer_guides/checkpoint ("PEFT checkpoint format").
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from puna.model.tp_plan import tp_slice
 from puna.tokenizer import Tokenizer
 from puna.weights.checkpoint import TensorInfo
 from puna.weights.formats import safetensors_file, torch_pickle
-from puna.weights.formats.hf import EMBEDDING, OUTPUT, has_tokenizer, load_tokenizer
+from puna.weights.formats.hf import EMBEDDING, OUTPUT, has_tokenizer, load_tokenizer, unwrapped
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -35,9 +35,9 @@ KNOWN = (
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "modules_to_save",
     "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
-    "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
+    "trainable_token_indices", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
 )  # fmt: skip
-# Those that do, with the values under which it is plain LoRA; of other keys, anything that says no.
+# Those that do, with the values under which it is plain LoRA; of other keys, any false value is plain.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base's weights
@@ -48,14 +48,16 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 class Adapter:
     """An adapter of a checkpoint.
 
-    `tensors`: `model.layers.0.self_attn.q_proj.adapter.a` [r, in] and `.b` [out, r] of the updates, and under their
-    Hugging Face names those that replace the base's whole. `modules`: the adapted layers. `base`: what adapter_config
-    calls the model that it was trained on.
+    `tensors`: `model.layers.0.self_attn.q_proj.adapter.a` [r, in] and `.b` [out, r] of the updates, under their Hugging
+    Face names those that replace the base's, and `model.embed_tokens.rows` [n, hidden], which replaces single rows.
+    `token_rows`: the token ids of these rows, by the name of their matrix. `modules`: the adapted layers. `raw`:
+    adapter_config.json. `base`: its name for the model that the adapter was trained on.
     """
 
     path: Path
     options: LoraOptions
-    said: dict[str, Any]
+    raw: dict[str, Any]
+    token_rows: dict[str, tuple[int, ...]]
     tensors: dict[str, TensorInfo]
     modules: list[str]
     files: list[Path]
@@ -67,12 +69,12 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        return self.said.get("base_model_name_or_path")
+        return self.raw.get("base_model_name_or_path")
 
     @property
     def whole(self) -> dict[str, TensorInfo]:
         """The tensors that replace the base's."""
-        return {name: info for name, info in self.tensors.items() if ".adapter." not in name}
+        return {name: info for name, info in self.tensors.items() if name.endswith((".weight", ".bias"))}
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was saved with it, if any."""
@@ -83,18 +85,19 @@ def read_adapter(path: str | Path) -> Adapter:
     """Opens an adapter's directory. Raises UserError for what isn't plain LoRA, and for a damaged one."""
     path = Path(path).expanduser()
     if not (path / CONFIG).exists():
-        raise UserError(f"{path} is no adapter in peft's layout: it has no {CONFIG}")
-    said = read_json(path / CONFIG)
-    options = _options(path, said)
+        raise UserError(f"{path} is not an adapter in peft's layout: it has no {CONFIG}.")
+    raw = read_json(path / CONFIG)
+    options = _options(path, raw)
     file, stored, read = _open(path)
     names = {_ours(path, name): name for name in stored}
     modules = [name.removesuffix(".adapter.a") for name in names if name.endswith(".adapter.a")]
     if len(names) < len(stored):
-        raise UserError(f"{file} holds a tensor twice, under an old and a new name; remove one")
+        raise UserError(f"{file} holds a tensor twice, under an old and a new name; remove one.")
     return Adapter(
         path=path,
         options=options,
-        said=said,
+        raw=raw,
+        token_rows=_token_rows(path, raw),
         tensors={ours: stored[name] for ours, name in names.items()},
         modules=modules,
         files=[path / CONFIG, file],
@@ -116,24 +119,39 @@ def check_adapter(adapter: Adapter, config: ModelConfig) -> None:
             rank, (rows, columns) = adapter.options.rank_of(module), shapes[f"{module}.weight"]
             wanted |= {f"{module}.adapter.a": (rank, columns), f"{module}.adapter.b": (rows, rank)}
     wanted |= {name: shapes[name] for name in shapes if _kept_whole(adapter, name)}
+    for name, ids in adapter.token_rows.items():
+        wanted[rows_name(name)] = (len(ids), config.hidden_size)
+        if config.tie_word_embeddings and name == OUTPUT:
+            raise UserError(
+                f"{adapter.path} trains rows of lm_head apart from the embedding that this model ties it to."
+            )
+        if max(ids) >= config.vocab_size:
+            raise UserError(
+                f"{adapter.path} trains the row of token {max(ids)}, and this model has {config.vocab_size} tokens."
+            )
     optional = {name: shapes[name] for name in (EMBEDDING, OUTPUT)}  # stored with an enlarged vocabulary
     for name, info in adapter.tensors.items():
         if name not in wanted | optional:
+            module = name.partition(".adapter.")[0].removesuffix(".weight").removesuffix(".rows")
+            known = f"{module}.weight" in shapes
+            problem = f"{CONFIG} doesn't name it" if known else f"this model has no {module}{_base(adapter)}"
+            raise UserError(f"{adapter.path} holds {_theirs(name)}, but {problem}.")
+        if 0 in info.shape:
             raise UserError(
-                f"{adapter.path} holds {_theirs(name)}, which this model has no place for or {CONFIG} doesn't name:"
-                f" the adapter was trained on another model{_base(adapter)}"
+                f"{adapter.path}: {_theirs(name)} is empty, as adapters are that were saved from sharded parameters"
+                " (ZeRO-3, FSDP); gather them and save the adapter again."
             )
         if info.shape != (wanted | optional)[name]:
             raise UserError(
                 f"{adapter.path}: {_theirs(name)} has shape {list(info.shape)}, this model needs"
-                f" {list((wanted | optional)[name])}: the adapter was trained on another model{_base(adapter)}"
+                f" {list((wanted | optional)[name])}: the adapter was trained on another model{_base(adapter)}."
             )
     missing = [_theirs(name) for name in wanted if name not in adapter.tensors]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{adapter.path} lacks {', '.join(missing[:3])}{more}, which {CONFIG} says it has")
+        raise UserError(f"{adapter.path} lacks {', '.join(missing[:3])}{more}, which {CONFIG} names.")
     if not adapter.tensors:
-        raise UserError(f"{adapter.path} holds no tensors, so it changes nothing")
+        raise UserError(f"{adapter.path} holds no tensors, so it changes nothing.")
 
 
 def attach(
@@ -221,61 +239,93 @@ def _open(path: Path) -> tuple[Path, dict[str, TensorInfo], Callable[[str], Tens
         state = torch_pickle.load_file(path / OLD_WEIGHTS)
         infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
         return path / OLD_WEIGHTS, infos, state.__getitem__
-    raise UserError(f"{path} has a {CONFIG} and no weights beside it: {WEIGHTS} is missing")
+    raise UserError(f"{path} has a {CONFIG} and no weights beside it: {WEIGHTS} is missing.")
 
 
-def _options(path: Path, said: dict[str, Any]) -> LoraOptions:
-    if said.get("peft_type") != "LORA":
-        raise UserError(f"{path / CONFIG} says peft_type {said.get('peft_type')!r}; puna reads LORA alone")
-    for key, value in said.items():
+def _options(path: Path, raw: dict[str, Any]) -> LoraOptions:
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{path / CONFIG} has peft_type {raw.get('peft_type')!r}; puna reads LORA alone.")
+    for key, value in raw.items():
         if key in KNOWN or (value in PLAIN[key] if key in PLAIN else not value):
             continue
-        raise UserError(f"{path / CONFIG} asks for {key}={value!r}, which puna does not implement")
-    targets = said.get("target_modules")
+        raise UserError(f"{path / CONFIG} asks for {key}={value!r}, which puna does not implement.")
+    targets = raw.get("target_modules")
     if not targets:
-        raise UserError(f"{path / CONFIG} names no target_modules")
+        raise UserError(f"{path / CONFIG} names no target_modules.")
+    patterns = [raw.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    for pattern in (key for each in patterns if isinstance(each, dict) for key in each):
+        try:
+            re.compile(pattern)
+        except re.error:
+            raise UserError(f"{path / CONFIG} has the damaged regular expression {pattern!r} in a pattern.") from None
     try:
         return LoraOptions(
-            rank=said.get("r", 8),
-            alpha=said.get("lora_alpha", 8),
-            dropout=float(said.get("lora_dropout") or 0.0),
-            rslora=bool(said.get("use_rslora")),
+            rank=raw.get("r", 8),
+            alpha=raw.get("lora_alpha", 8),
+            dropout=float(raw.get("lora_dropout") or 0.0),
+            rslora=bool(raw.get("use_rslora")),
             targets=(targets,) if isinstance(targets, str) else tuple(map(str, targets)),
-            modules_to_save=tuple(map(str, said.get("modules_to_save") or ())),
-            rank_pattern=dict(said.get("rank_pattern") or {}),
-            alpha_pattern=dict(said.get("alpha_pattern") or {}),
+            modules_to_save=tuple(map(str, raw.get("modules_to_save") or ())),
+            rank_pattern=dict(patterns[0]),
+            alpha_pattern=dict(patterns[1]),
         )
     except (TypeError, ValueError):
-        raise UserError(f"{path / CONFIG} is damaged: its values are not those of a LoRA adapter") from None
+        raise UserError(f"{path / CONFIG} is damaged: its values are not those of a LoRA adapter.") from None
+
+
+def _token_rows(path: Path, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The token ids whose rows the adapter replaces, by the name of their matrix."""
+    given = raw.get("trainable_token_indices") or {}
+    rows: dict[str, tuple[int, ...]] = {}
+    for module, ids in (given if isinstance(given, dict) else {"embed_tokens": given}).items():
+        name = next((each for each in (EMBEDDING, OUTPUT) if f".{each}".endswith(f".{module}.weight")), None)
+        valid = isinstance(ids, list) and all(type(index) is int and 0 <= index < 1 << 31 for index in ids)
+        if name is None or not valid or not ids or len(set(ids)) < len(ids):
+            raise UserError(
+                f"{path / CONFIG} asks for trainable_token_indices={given!r}; puna reads lists of different"
+                " token ids of embed_tokens and lm_head."
+            )
+        rows[name] = tuple(ids)
+    return rows
+
+
+def rows_name(matrix: str) -> str:
+    """What the rows that replace some of a matrix are called in `Adapter.tensors`."""
+    return matrix.removesuffix(".weight") + ".rows"
 
 
 def _ours(path: Path, name: str) -> str:
-    """`model.layers.0.self_attn.q_proj.adapter.a`, or the Hugging Face name of a whole tensor."""
+    """`model.layers.0.self_attn.q_proj.adapter.a`, `model.embed_tokens.rows`, or the Hugging Face name of a tensor that
+    is saved whole."""
     plain = re.sub(r"\.(modules_to_save|modules_to_save\.default|base_layer)\.weight$", ".weight", name)
-    plain = plain.removeprefix(PREFIX)
+    plain = unwrapped(plain)
+    if found := re.fullmatch(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?", plain):
+        return f"{found[1]}.rows"
     if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", plain):
         return f"{found[1]}.adapter.{found[2].lower()}"
-    if not name.startswith(PREFIX) or "lora_" in plain:
-        raise UserError(f"{path} holds {name}, which is not of plain LoRA; puna does not implement it")
+    if plain == name or "lora_" in plain or not plain.endswith((".weight", ".bias")):
+        raise UserError(f"{path} holds {name}, which is not part of plain LoRA; puna does not implement it.")
     return plain
 
 
 def _theirs(name: str) -> str:
+    if name.endswith(".rows"):
+        return f"{PREFIX}{name.removesuffix('.rows')}.token_adapter.trainable_tokens_delta"
     module, found, side = name.partition(".adapter.")
     return f"{PREFIX}{module}.lora_{side.upper()}.weight" if found else f"{PREFIX}{name}"
 
 
 def _targeted(adapter: Adapter, module: str) -> bool:
     """Whether adapter_config.json says that this linear layer is adapted, by peft's rules."""
-    listed, excluded = adapter.options.targets, adapter.said.get("exclude_modules") or ()
+    listed, excluded = adapter.options.targets, adapter.raw.get("exclude_modules") or ()
     if ALL_LINEAR in listed:
         listed = LINEARS
     barred = [excluded] if isinstance(excluded, str) else excluded
-    layers = adapter.said.get("layers_to_transform")
+    layers = adapter.raw.get("layers_to_transform")
     try:
         chosen = any(matches(each, module) for each in listed) and not any(matches(each, module) for each in barred)
     except re.error:
-        raise UserError(f"{adapter.path / CONFIG} holds a damaged regular expression for its modules") from None
+        raise UserError(f"{adapter.path / CONFIG} holds a damaged regular expression for its modules.") from None
     if chosen and layers not in (None, []):
         index = re.search(r"\.(\d+)\.", module)
         chosen = index is not None and int(index[1]) in ([layers] if isinstance(layers, int) else layers)
@@ -301,4 +351,4 @@ def _shortest(modules: list[str], config: ModelConfig, found: Callable[[str, str
 
 
 def _base(adapter: Adapter) -> str:
-    return f" ({adapter.base})" if adapter.base else ""
+    return f" (its base is {adapter.base})" if adapter.base else ""

@@ -18,7 +18,7 @@ from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.progress import track
 from puna.tokenizer import Tokenizer
-from puna.weights.adapter import Adapter, attach, check_adapter, read_adapter
+from puna.weights.adapter import Adapter, attach, check_adapter, read_adapter, rows_name
 from puna.weights.checkpoint import Checkpoint, Index, TensorInfo, check_tensors, in_model_order
 from puna.weights.convert import Conversion, Target, source_name, write
 from puna.weights.formats.hf import EMBEDDING, OUTPUT
@@ -64,6 +64,7 @@ def merge_adapter(
             "alpha": lora.options.alpha,
             "layers": len(lora.modules),
             "replaced": list(lora.whole),
+            "token_rows": {name: list(ids) for name, ids in lora.token_rows.items()},
             "difference": _logit_difference(source, lora, merged) if verify else None,
         }
         name = source_name(source, model)
@@ -99,13 +100,18 @@ def replaced(source: Checkpoint, adapter: Adapter) -> Checkpoint:
     tensors = {**source.tensors, **whole}
     if not config.tie_word_embeddings:
         tensors.setdefault(OUTPUT, source.tensors[EMBEDDING])
+    for name in adapter.token_rows:
+        dtype = adapter.tensors[rows_name(name)].dtype
+        tensors[name] = dataclasses.replace(tensors[name], dtype=torch.promote_types(tensors[name].dtype, dtype))
     tied_away = {OUTPUT: EMBEDDING} if OUTPUT not in source.tensors else {}
 
     def read(name: str, index: Index | None) -> Tensor:
         if name in whole:
             tensor = adapter.read(name if name in adapter.tensors else OUTPUT)
-            return tensor if index is None else tensor[index]
-        return source.read(tied_away.get(name, name), index)
+            tensor = tensor if index is None else tensor[index]
+        else:
+            tensor = source.read(tied_away.get(name, name), index)
+        return _with_token_rows(adapter, name, tensor, tensors[name], index) if name in adapter.token_rows else tensor
 
     shape = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
     result = dataclasses.replace(
@@ -119,6 +125,18 @@ def replaced(source: Checkpoint, adapter: Adapter) -> Checkpoint:
     )
     check_tensors(result)
     return result
+
+
+def _with_token_rows(adapter: Adapter, name: str, tensor: Tensor, info: TensorInfo, index: Index | None) -> Tensor:
+    """`tensor`, which is `whole[index]` of the matrix `name`, with the rows that the adapter trained in their place."""
+    tensor = tensor.to(info.dtype, copy=True)
+    rows = range(info.shape[0])[index[0] if index else slice(None)]
+    columns = index[1] if index and len(index) > 1 else slice(None)
+    trained = adapter.read(rows_name(name)).to(info.dtype)
+    for position, token in enumerate(adapter.token_rows[name]):
+        if token in rows:
+            tensor[rows.index(token)] = trained[position, columns]
+    return tensor
 
 
 def merge(source: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -175,7 +193,7 @@ def _config(source: Checkpoint, adapter: Adapter) -> ModelConfig:
         )
     if tied and sizes and (vocab_size == config.vocab_size or len(sizes) == 2):
         ends = [adapter.read(name) if name in whole else source.read(EMBEDDING) for name in (EMBEDDING, OUTPUT)]
-        tied = bool(adapter.said.get("ensure_weight_tying")) or torch.equal(*ends)
+        tied = bool(adapter.raw.get("ensure_weight_tying")) or torch.equal(*ends)
     return dataclasses.replace(config, vocab_size=vocab_size, tie_word_embeddings=tied)
 
 

@@ -112,7 +112,7 @@ def open_weights(directory: Path) -> Weights:
                 places[name], tensors[name] = file, info
     if lost := [name for name in index_of if name not in tensors]:
         raise UserError(f"{directory / index_of[lost[0]]} lacks {lost[0]}, which the index puts there; fetch it again.")
-    stored = _unwrapped(directory, tensors)
+    stored = _stored_names(directory, tensors)
 
     def read(name: str, index: Index | None) -> torch.Tensor:
         name = stored[name]
@@ -123,7 +123,14 @@ def open_weights(directory: Path) -> Weights:
     return Weights({name: tensors[original] for name, original in stored.items()}, read, files)
 
 
-def _unwrapped(directory: Path, names: Iterable[str]) -> dict[str, str]:
+def unwrapped(name: str) -> str:
+    """A tensor's name without the wrappers, perhaps several, that its model was saved in."""
+    while (shorter := WRAPPERS.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def _stored_names(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """The Hugging Face name of each tensor -> the name that it is stored under.
 
     They differ where a model was saved inside a wrapper (DataParallel, torch.compile, FSDP, peft), or without its
@@ -131,7 +138,7 @@ def _unwrapped(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """
     stored: dict[str, str] = {}
     for name in names:
-        plain = WRAPPERS.sub("", name)
+        plain = unwrapped(name)
         if plain in stored:
             raise UserError(f"{directory} holds {plain} twice, as {stored[plain]} and as {name}; remove one of them.")
         stored[plain] = name
