@@ -253,7 +253,7 @@ def wider(tensors):
         (lambda a: edit(a, trainable_token_indices=[1]), "lacks .*trainable_tokens_delta"),
         (lambda a: edit(a, peft_type="IA3"), "peft_type 'IA3'"),
         (lambda a: edit(a, target_modules=None), "names no target_modules"),
-        (lambda a: edit(a, r="many"), "rank must be a whole number"),
+        (lambda a: edit(a, r="many"), "rank must be a positive integer"),
         (lambda a: edit(a, r=8), r"lora_A.weight has shape \[4, 96\], this model needs \[8, 96\]"),
         (lambda a: edit(a, rank_pattern=3), "damaged"),
         (lambda a: edit(a, target_modules="(q_proj"), "damaged regular expression"),
