@@ -193,10 +193,3 @@ def test_names_joined_by_commas_are_several():
     )
     assert options.lora.targets == LoraOptions(targets="q_proj,v_proj").targets == ("q_proj", "v_proj")
     assert LoraOptions(targets=r".*\.\d{1,2}\.mlp\..*").targets == (r".*\.\d{1,2}\.mlp\..*",)
-
-
-def test_training_and_library_have_one_default():
-    options = parse(
-        "train", TrainOptions, ["--out", "x", "--model.name", "m", "--data.train", "d", "--lora.rank", "16"]
-    )
-    assert options.lora == LoraOptions()

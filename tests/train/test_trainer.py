@@ -410,8 +410,11 @@ def test_going_on_with_other_ranks_and_another_layout(stores, tmp_path):
         ({"mesh.tp": 2}, "tp 2 needs a multiple of 2 ranks, not 1"),
         ({"lora.rank": 4}, "not of random weights"),
         ({"model.name": "tinyy"}, "tinyy"),
-        ({"model.weights": "auto"}, "tiny is a shape without weights here: add model.weights: random"),
-        ({"model.vocab_size": 50}, "is beyond the model's vocabulary of 50"),
+        ({"model.weights": "auto"}, "tiny is a preset, a shape without weights: give --model.weights random"),
+        (
+            {"model.vocab_size": 50},
+            "is beyond the model's vocabulary of 50: give a larger --model.vocab-size, or prepare",
+        ),
         ({"checkpoint.keep": 0}, "checkpoint.keep must be at least 1"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from puna import __version__
@@ -34,8 +35,9 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
     import torch
 
     from puna.parallel.mesh import check_batch
-    from puna.train.build import base_fingerprint, build_parts, left_out, lora_options, make_loader, open_origin, resume
+    from puna.train.build import base_fingerprint, build_parts, left_out, make_loader, open_origin, resume
     from puna.train.checkpoint import CheckpointManager
+    from puna.train.lora_init import open_initial
     from puna.train.monitor import Monitor, read_metrics
     from puna.train.optim import check_optim, make_optimizer
     from puna.train.report import environment, write_report
@@ -45,7 +47,10 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
     from puna.train.trainer import Trainer
 
     check_optim(options.optim, strategy.size)
+    config = MARK + to_yaml(options)
     origin, source = open_origin(options)
+    lora, adapter = open_initial(options.lora, origin.config)
+    options = replace(options, lora=lora)
     seq_len = options.data.seq_len
     if seq_len > origin.config.max_position_embeddings:
         raise UserError(
@@ -57,9 +62,8 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
     held_out = options.data.validation
     validation = make_loader(options, strategy, held_out, (), origin.tokenizer) if held_out else None
     check_warmup(options.schedule, steps)
-    lora = lora_options(options)
-    base = base_fingerprint(strategy, source) if lora is not None and source is not None else None
-    parts = build_parts(options, strategy, origin.config, source, lora)
+    base = base_fingerprint(strategy, source) if lora.rank and source is not None else None
+    parts = build_parts(options, strategy, origin.config, source, adapter)
     if source is not None:
         source.close()
     optimizer = make_optimizer(strategy.parameters(parts), options.optim)
@@ -70,7 +74,6 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
         options.out / "checkpoints", keep=options.checkpoint.keep, asynchronous=options.checkpoint.asynchronous
     )
     resume(options, trainer, checkpoints)
-    config = MARK + to_yaml(options)
     trained = strategy.trained(parts)
     if strategy.is_first:
         write_text(options.out / CONFIG, config)
@@ -93,7 +96,7 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
     if trainer.stopped is not None:
         if strategy.is_first:
             print(
-                f"stopped after step {trainer.step_number} of {steps}, which is saved; the same command goes on there.",
+                f"stopped after step {trainer.step_number} of {steps}, which is saved; the same command resumes there.",
                 file=sys.stderr,
             )
         return 128 + trainer.stopped.signal
@@ -105,6 +108,6 @@ def _train(options: TrainOptions, strategy: ParallelStrategy) -> int:
     if trainer.skipped == steps:
         raise UserError("Every step was skipped, so nothing was trained and no model was written.")
     dtype = getattr(torch, options.checkpoint.export_dtype)
-    said = {"puna": __version__, "base": origin.name, "step": trainer.step_number, "tokens": trainer.tokens}
-    print(export(strategy, parts, origin, options.out, dtype, said, lora))
+    manifest = {"puna": __version__, "base": origin.name, "step": trainer.step_number, "tokens": trainer.tokens}
+    print(export(strategy, parts, origin, options.out, dtype, manifest, lora if lora.rank else None))
     return 0

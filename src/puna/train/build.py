@@ -1,4 +1,4 @@
-"""From a run's options to what the trainer needs: model, data, and the checkpoint that it resumes from."""
+"""Building a run from its options: the base, the data, the sharded model, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from puna.data.loader import PackedLoader
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
-from puna.model.lora import LoraOptions, add_lora, initial
+from puna.model.lora import add_lora, initial
 from puna.model.presets import PRESETS
 from puna.model_loader import random_reader
+from puna.parallel.model_part import ModelPart
 from puna.parallel.strategy import ParallelStrategy
 from puna.tokenizer import Tokenizer
 from puna.train.checkpoint import CheckpointManager
@@ -31,6 +32,7 @@ from puna.train.run_folder import check_folder, lock
 from puna.train.save_model import Origin
 from puna.train.schedule import check_schedule
 from puna.train.trainer import Trainer
+from puna.weights.adapter import Adapter
 from puna.weights.checkpoint import Checkpoint
 from puna.weights.open import open_checkpoint
 
@@ -46,7 +48,7 @@ Read = Callable[[str, tuple[slice, ...]], Tensor]
 
 
 def check(options: TrainOptions) -> None:
-    """Raises UserError for values that cannot be meant."""
+    """Raises UserError for values of options that have no meaning."""
     least = {"batch_size": 1, "micro_batch_size": 1, "data.seq_len": 1, "loss_chunk": 1, "max_skipped": 1,
              "eval_every": 0, "eval_rows": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "log.every": 1}  # fmt: skip
     for name, minimum in least.items():
@@ -63,8 +65,8 @@ def check(options: TrainOptions) -> None:
         raise UserError("steps must be at least 1, epochs above 0.")
     if options.data.weights and len(options.data.weights) != len(options.data.train):
         raise UserError("data.weights needs a number for every store of data.train.")
-    if options.model.weights == "random" and options.lora.rank:
-        raise UserError("lora.rank trains adapters of a checkpoint, not of random weights; set it to 0.")
+    if options.model.weights == "random" and (options.lora.rank or options.lora.init):
+        raise UserError("LoRA trains updates of a checkpoint, not of random weights: leave lora.* out.")
     check_optim(options.optim)
     check_schedule(options.schedule, options.optim.lr)
 
@@ -114,7 +116,7 @@ def left_out(loader: PackedLoader, long: str) -> list[str]:
 
 
 def open_origin(options: TrainOptions) -> tuple[Origin, Checkpoint | None]:
-    """What the run starts from, and the open checkpoint that weights are read from."""
+    """The base of the run, and the open checkpoint that its weights are read from (None: they are random)."""
     asked = options.model
     source = None if asked.name in PRESETS and asked.weights == "random" else _open(asked.name, asked.revision)
     tokenizer = source.tokenizer() if source is not None else None
@@ -133,8 +135,11 @@ def open_origin(options: TrainOptions) -> tuple[Origin, Checkpoint | None]:
         vocab_size=asked.vocab_size or config.vocab_size,
         max_position_embeddings=asked.context or config.max_position_embeddings,
     )
-    if tokenizer is not None:
-        tokenizer.check_fits(config.vocab_size)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size:,} ids, the shape {asked.name} has {config.vocab_size:,}:"
+            f" give --model.vocab-size {tokenizer.vocab_size}, or more."
+        )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     hf_config = config.to_hf() | {name: index for name, index in ids.items() if index is not None}
     hf_config["torch_dtype"] = options.checkpoint.export_dtype
@@ -146,7 +151,10 @@ def _open(name: str, revision: str | None) -> Checkpoint:
         return open_checkpoint(name, revision=revision)
     except UserError as error:
         if name in PRESETS:
-            raise UserError(f"{name} is a shape without weights here: add model.weights: random.") from None
+            raise UserError(
+                f"{name} is a preset, a shape without weights: give --model.weights random to train it from scratch,"
+                " with --model.tokenizer and --model.vocab-size to fit the data, or name a checkpoint."
+            ) from None
         raise error
 
 
@@ -160,7 +168,7 @@ def make_loader(
     """The rows of this data rank from the token data at `prefixes`, mixed by `weights`."""
     datasets = [open_dataset(prefix) for prefix in prefixes]
     if not datasets:
-        raise UserError("data.train names no token data; puna data prepare makes some.")
+        raise UserError("data.train names no token data: make some with puna data prepare.")
     if tokenizer is not None:
         for dataset in datasets:
             dataset.check_tokenizer(tokenizer)
@@ -175,25 +183,20 @@ def make_loader(
     )
 
 
-def lora_options(options: TrainOptions) -> LoraOptions | None:
-    """The adapters that are trained; None for full training."""
-    return options.lora if options.lora.rank else None
-
-
 def build_parts(
     options: TrainOptions,
     strategy: ParallelStrategy,
     config: ModelConfig,
     source: Checkpoint | None,
-    lora: LoraOptions | None,
-) -> list:
-    """The model as this layout holds it, with its first weights."""
+    adapter: Adapter | None,
+) -> list[ModelPart]:
+    """The model's parts on this rank with their initial weights; the adapter's where training starts from one."""
     dtype, compute = TYPES[options.precision]
     with torch.device("meta"):
         model = Llama(config)
     shapes: dict[str, tuple[int, ...]] = {}
-    if lora is not None:
-        add_lora(model, lora, seed=options.seed)
+    if options.lora.rank:
+        add_lora(model, options.lora, seed=options.seed)
         shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters() if ".adapter." in name}
     parts = strategy.prepare(
         model,
@@ -205,10 +208,10 @@ def build_parts(
     read: Read = source.read if source is not None else random_reader(config, torch.float32, "cpu", options.seed)
 
     def read_any(name: str, index: tuple[slice, ...]) -> Tensor:
-        if ".adapter." in name:
-            shape = shapes.get(name) or shapes[f"model.{name}"]
-            return initial(name, shape, options.seed)[index]
-        return read(name, index)
+        trained = name if name.startswith("model.") or ".adapter." not in name else f"model.{name}"
+        if adapter is not None and trained in adapter.tensors:
+            return adapter.read(trained)[index]
+        return initial(name, shapes[trained], options.seed)[index] if ".adapter." in name else read(name, index)
 
     strategy.load(parts, read_any)
     return parts

@@ -68,6 +68,13 @@ class ScheduleOptions:
     decay_ratio: float = option(0.1, "wsd: share of all steps that decays")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainLoraOptions(LoraOptions):
+    """LoRA: low-rank updates of frozen weights."""
+
+    init: Path | None = option(None, "continue training this adapter, whose rank, alpha and targets are taken over")
+
+
 @dataclass(kw_only=True)
 class CheckpointOptions:
     """What is saved, and taken up again."""
@@ -129,6 +136,6 @@ class TrainOptions:
     optim: OptimOptions = group(OptimOptions)
     schedule: ScheduleOptions = group(ScheduleOptions)
     mesh: MeshOptions = group(MeshOptions)
-    lora: LoraOptions = group(LoraOptions, rank=0)  # rank 0 trains all weights
+    lora: TrainLoraOptions = group(TrainLoraOptions, rank=0)  # rank 0 trains all weights
     checkpoint: CheckpointOptions = group(CheckpointOptions)
     log: LogOptions = group(LogOptions)

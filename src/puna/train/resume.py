@@ -7,15 +7,16 @@ rate, batch size, steps, mesh ...) may change from here on.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
+from puna.model.lora_options import LoraOptions
 from puna.train.options import TrainOptions
 
-FIXED_LORA = ("rank", "alpha", "rslora", "targets", "modules_to_save", "rank_pattern", "alpha_pattern")
+FIXED_LORA = tuple(entry.name for entry in fields(LoraOptions) if entry.name != "dropout")
 UNREPORTED = ("out", "resume")
 
 
@@ -25,7 +26,7 @@ def fixed_facts(options: TrainOptions, config: ModelConfig, base: str | None) ->
     return {
         "model": config.to_hf(),
         "base": base,
-        "lora": {name: lora[name] for name in FIXED_LORA if name in lora} if options.lora.rank else None,
+        "lora": {name: lora[name] for name in FIXED_LORA} if options.lora.rank else None,
         "precision": options.precision,
         "optimizer": options.optim.name,
         "optimizer state": options.optim.state,

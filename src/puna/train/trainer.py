@@ -260,9 +260,10 @@ class Trainer:
         """Refuse ids beyond the vocabulary, which a GPU would look up outside the embedding."""
         for row in rows:
             if row.ids.max() >= self.config.vocab_size:
+                larger = "give a larger --model.vocab-size, or " if self.options.model.weights == "random" else ""
                 raise UserError(
                     f"{self.names([row], loader)}: token id {row.ids.max()} is beyond the model's vocabulary of"
-                    f" {self.config.vocab_size}: the data was made with another tokenizer; prepare it again."
+                    f" {self.config.vocab_size}: {larger}prepare the data again with the model's tokenizer."
                 )
 
     def _seed(self, step: int) -> None:

@@ -1,0 +1,55 @@
+"""Training that starts from an adapter (`lora.init`): its configuration and its tensors are taken over."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+
+from puna.errors import UserError
+from puna.model.config import ModelConfig
+from puna.model.lora import adapted, saved
+from puna.model.lora_options import LoraOptions
+from puna.train.options import TrainLoraOptions
+from puna.weights.adapter import Adapter, check_adapter, read_adapter
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+TAKEN = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
+DEFAULTS = TrainLoraOptions(rank=0)
+
+
+def open_initial(options: TrainLoraOptions, config: ModelConfig) -> tuple[TrainLoraOptions, Adapter | None]:
+    """The LoRA options with those of the adapter that training starts from, and the adapter; None without `init`.
+
+    Dropout is an option of the training. Raises UserError for an adapter of another model, and for options that ask
+    for something else than the adapter has.
+    """
+    if options.init is None:
+        return options, None
+    adapter = read_adapter(options.init)
+    check_adapter(adapter, config)
+    whole = tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.whole))
+    both = config.tie_word_embeddings and {EMBEDDING, OUTPUT} <= adapter.whole.keys()
+    if both and not torch.equal(adapter.read(EMBEDDING), adapter.read(OUTPUT)):
+        raise UserError(
+            f"{adapter.path} holds an output layer that differs from the embedding, which this model ties:"
+            " merge it into the model (puna lora merge) and train the result."
+        )
+    taken = replace(
+        options,
+        **{name: getattr(adapter.options, name) for name in TAKEN},
+        targets=tuple(adapter.modules),
+        modules_to_save=whole,
+    )
+    for entry in fields(LoraOptions):
+        asked, found = getattr(options, entry.name), getattr(taken, entry.name)
+        same = asked in (getattr(DEFAULTS, entry.name), found)
+        if not same and entry.name in ("targets", "modules_to_save"):
+            choose = adapted if entry.name == "targets" else saved
+            plain = LoraOptions(**{entry.name: asked})
+            same = set(choose(config, plain)) == set(found)
+        if not same:
+            raise UserError(
+                f"lora.{entry.name} is {asked}, but the adapter {adapter.path} has {found}: leave the option out."
+            )
+    return taken, adapter
