@@ -90,7 +90,7 @@ def inference() -> list[Row]:
     model.fix_rope(max(options.length, options.context) + 256)
     weights = [p for name, p in model.named_parameters() if config.tie_word_embeddings or "embed_tokens" not in name]
     weight_bytes = sum(p.nbytes for p in weights)
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    token_bytes = config.kv_bytes_per_token(2)
     span = -(-(options.context + 128) // BLOCK)
     prefill_blocks = -(-options.length // BLOCK)
     runner = make_runner(model, max(max(options.batches) * span, prefill_blocks), BLOCK)

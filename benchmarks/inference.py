@@ -44,14 +44,14 @@ Peer = Callable[[list[list[int]], int], None]
 
 
 def ours(directory: Path | None, rows: int, length: int) -> Peer:
-    loading = {"weights": "random"} if directory is None else {}
+    loading = {"load_format": "dummy"} if directory is None else {}
     llm = puna.LLM(
         options.model if directory is None else directory,
         dtype="bfloat16",
         device=options.device,
         prefix_caching=False,
         max_num_seqs=rows,
-        max_batch_tokens=max(2048, length),
+        max_num_batched_tokens=max(2048, length),
         **loading,
     )
 

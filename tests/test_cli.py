@@ -114,7 +114,7 @@ def test_no_verb_shows_the_overview_on_stderr(capsys):
         (OSError(40, "Too many levels of symbolic links", "x"), 2, "puna: cannot use x: Too many levels"),
         (UserError("a full stop."), 2, "puna: a full stop\n"),
         (PermissionError(13, "Permission denied", "x"), 2, "puna: cannot use x: Permission denied\n"),
-        (MemoryError(), 2, "puna: out of memory: lower --kv-tokens"),
+        (MemoryError(), 2, "puna: out of memory: lower --kv-cache-tokens"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "puna: out of memory"),
         (KeyError("oops"), 1, "puna: internal error, KeyError: 'oops' (PUNA_TRACEBACK=1 shows where"),
         (KeyboardInterrupt(), 130, "puna: stopped\n"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from puna.engine.cuda_graphs import GraphRunner
-from puna.engine.runner import EagerRunner
+from puna.engine.eager_runner import EagerRunner
 from puna.engine.sampler import Row, sample
 from puna.engine.sampling_params import SamplingParams
 from puna.engine.sequence import Batch, Chunk, Request, Sequence

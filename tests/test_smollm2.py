@@ -10,9 +10,9 @@ import pytest
 
 from puna import LLM, SamplingParams
 from puna.engine.block_pool import BlockPool
+from puna.engine.eager_runner import EagerRunner
 from puna.engine.engine import Engine
 from puna.engine.outputs import Completion
-from puna.engine.runner import EagerRunner
 from puna.engine.validation import RequestValidator
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ SAMPLED = SamplingParams(max_tokens=32, temperature=0.8, top_p=0.95, seed=7, log
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> LLM:
-    return LLM(smollm2, dtype="float32", kv_tokens=4096)
+    return LLM(smollm2, dtype="float32", kv_cache_tokens=4096)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def answers(engine: Engine, prompts: list[list[int]], params: SamplingParams = G
     ids = [engine.add(prompt, params) for prompt in prompts]
     done = {}
     while engine.busy:
-        done |= {output.id: output for output in engine.step()}
+        done |= {output.id: output for output in engine.step().finished}
         engine.scheduler.check()
     return [done[id].outputs[0] for id in ids]
 

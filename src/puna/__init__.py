@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from puna.engine.outputs import Completion, RequestOutput
     from puna.engine.sampling_params import SamplingParams
     from puna.errors import UserError
-    from puna.llm import LLM, load, pipeline
+    from puna.llm import LLM, pipeline
+    from puna.loading import load
     from puna.model.config import ModelConfig
     from puna.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "puna.llm",
-    "load": "puna.llm",
+    "load": "puna.loading",
     "pipeline": "puna.llm",
     "Completion": "puna.engine.outputs",
     "RequestOutput": "puna.engine.outputs",

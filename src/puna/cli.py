@@ -145,5 +145,6 @@ def _users_own(error: Exception) -> str | None:
         return f"cannot use {error.filename}: {error.strerror}"
     # torch raises OutOfMemoryError on a GPU and a plain RuntimeError on the CPU
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
-        return "out of memory: lower --kv-tokens, --max-model-len or --max-batch-tokens, or take a smaller --dtype"
+        options = "--kv-cache-tokens, --max-model-len or --max-num-batched-tokens"
+        return f"out of memory: lower {options}, or take a smaller --dtype"
     return None

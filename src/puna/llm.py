@@ -1,4 +1,4 @@
-"""What a Python user holds: `LLM`, `load`, `pipeline`.
+"""What a Python user holds: `LLM` and `pipeline`.
 
 >>> from puna import LLM, SamplingParams
 >>> llm = LLM("smollm2-135m-instruct")
@@ -8,181 +8,108 @@
 
 from __future__ import annotations
 
-import atexit
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from operator import index
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from puna.engine.block_pool import BlockPool
-from puna.engine.engine import Engine
-from puna.engine.kv_cache import cache_blocks
-from puna.engine.outputs import RequestOutput
-from puna.engine.runner import BLOCK_SIZE, make_runner
+from puna.engine.options import EngineOptions
+from puna.engine.outputs import RequestOutput, SequenceUpdate, StepOutput
 from puna.engine.sampling_params import SamplingParams
-from puna.engine.validation import RequestValidator
+from puna.engine.sequence import Logprob
 from puna.errors import UserError, nearest
-from puna.model.config import ModelConfig, end_ids
-from puna.model.llama import Llama
-from puna.model.presets import PRESETS
-from puna.model_loader import DTYPES, load_model, random_model
-from puna.parallel.memory import free_bytes
-from puna.parallel.process_group import choose_device
-from puna.parallel.tp_inference import TensorParallel
+from puna.loading import create_engine
 from puna.progress import meter
-from puna.tokenizer import Tokenizer
-from puna.weights.adapter import read_adapter
-from puna.weights.checkpoint import Checkpoint
-from puna.weights.merge import merge, replaced
-from puna.weights.open import open_checkpoint
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-Box = dict[str, RequestOutput]  # finished requests by id
+Encoded = tuple[list[int], str | None]  # token ids, and the text where there is one
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What came since the last one: text and tokens of one completion; `finish_reason` on its last piece."""
+    """What a step added to completion `index`. `finish_reason` is set in its last delta.
+
+    text: final text; it never ends inside a character or in what may become a stop string. logprobs: of `token_ids`,
+    None unless asked for.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
     index: int = 0
+    stop_reason: int | str | None = None
+    logprobs: list[Logprob] | None = None
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A text's tokens and their log-probabilities; the first has none, since nothing predicts it."""
+    """A text's tokens and their natural log-probabilities; the first has none, since nothing predicts it.
+
+    error: why the text could not be scored; it has no log-probabilities then.
+    """
 
     token_ids: list[int]
     logprobs: list[float | None]
+    error: str | None = None
 
     @property
     def total(self) -> float:
-        return sum(level for level in self.logprobs if level is not None)
+        """The log-probability of the whole text; NaN with an `error`."""
+        return math.nan if self.error else sum(level for level in self.logprobs if level is not None)
 
 
-def choose_dtype(dtype: str | torch.dtype, source: Checkpoint | None) -> torch.dtype:
-    """`auto` is the checkpoint's own; bfloat16 for quantised and random weights."""
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype == "auto":
-        lossy = source is None or source.details.get("quantised")
-        stored = "bfloat16" if source is None or lossy else source.hf_config.get("torch_dtype")
-        dtype = stored if stored in DTYPES else "float32"
-    if dtype not in DTYPES:
-        raise UserError(f"there is no dtype {dtype!r}{nearest(dtype, DTYPES)}; use one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+@dataclass(slots=True)
+class _Inbox:
+    """What the engine computed for one caller, until that caller takes it: any thread's step fills it."""
+
+    streams: bool = False  # wants updates
+    updates: deque[SequenceUpdate] = field(default_factory=deque)
+    finished: deque[RequestOutput] = field(default_factory=deque)
 
 
-def load(
-    ref: str | Path,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    adapter: str | Path | None = None,
-) -> tuple[Llama, Tokenizer]:
-    """The plain model (nothing fused, `adapter` unmerged) and tokenizer of a checkpoint, to call or to take apart."""
-    with open_checkpoint(ref, revision=revision) as source:
-        lora = read_adapter(adapter) if adapter is not None else None
-        tokenizer = (replaced(source, lora) if lora else source).tokenizer()
-        if tokenizer is None:
-            raise UserError(f"{ref} carries no tokenizer; put the model's tokenizer files beside the weights.")
-        return load_model(source, choose_dtype(dtype, source), choose_device(device), adapter=lora), tokenizer
+NOBODY = _Inbox(), None  # of dropped requests
 
 
 class LLM:
     """A model ready to generate. Under torchrun it is split over the ranks: rank 0 runs the script, the others serve.
 
-    A LoRA `adapter` (a directory in peft's layout) is merged into the weights as they are loaded, and runs as fast as
-    the plain model. Raises UserError for whatever the user can put right. Close it, or use it as a context manager,
-    when ranks are many.
+    options: the fields of `EngineOptions` by name. A LoRA `adapter` is merged into the weights as they are loaded, and
+    runs as fast as the plain model. seed: makes requests without a seed of their own repeatable; None draws it from the
+    operating system. All methods may be called from several threads at once; their requests share one batch. Raises
+    UserError for whatever the user can put right. Close it, or use it as a context manager, to release other ranks.
     """
 
     def __init__(
         self,
         model: str | Path,
         *,
-        revision: str | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str = "auto",
-        weights: str = "auto",
-        adapter: str | Path | None = None,
-        quantization: str | None = None,
-        template: str | None = None,
-        max_model_len: int | None = None,
-        kv_tokens: int | None = None,
-        max_batch_tokens: int = 2048,
-        max_num_seqs: int = 256,
         prefix_caching: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         quiet: bool = True,
+        **options: Any,
     ) -> None:
-        tp = TensorParallel.start(device)
-        agree = tp.raise_together if tp else nullcontext  # a UserError of any rank comes out once, on rank 0
-        with agree():
-            where = choose_device(device)
-            available = free_bytes(where)  # of all ranks, before one of them begins to load
-        build: Any = {"tp": tp, "quantization": quantization, "available": available, "fast": True, "quiet": quiet}
-        with agree():
-            generation: dict[str, Any] = {}
-            stop_ids: tuple[int, ...] = ()
-            if weights == "random" and adapter is not None:
-                raise UserError("an adapter belongs to a model's own weights; leave it out, or weights=random.")
-            if weights == "random" and str(model) in PRESETS:
-                self.config, self.tokenizer, kind = PRESETS[str(model)], None, choose_dtype(dtype, None)
-                self.model = random_model(self.config, kind, where, seed=seed, **build)
-            elif weights in ("auto", "random"):
-                with _open(model, revision, weights) as source:
-                    if adapter is not None:
-                        source = merge(source, read_adapter(adapter))
-                    kind = choose_dtype(dtype, source)
-                    self.config, generation = source.config, source.generation
-                    stop_ids = _stop_ids(source)
-                    self.tokenizer = source.tokenizer()
-                    if self.tokenizer is not None:
-                        self.tokenizer.check_fits(self.config.vocab_size)
-                        stop_ids = self.tokenizer.stop_ids
-                        if template is not None:
-                            self.tokenizer = self.tokenizer.with_template(template)
-                    if weights == "random":
-                        self.model = random_model(self.config, kind, where, seed=seed, **build)
-                    else:
-                        self.model = load_model(source, kind, where, **build)
-            else:
-                raise UserError(f"weights must be auto or random, not {weights!r}.")
-            self.defaults = SamplingParams.from_generation_config(generation)
-            self.dtype, self.device = kind, where
-            self.max_model_len = _context(self.config, max_model_len)
-            self.model.fix_rope(self.max_model_len)
-        with agree():
-            blocks = cache_blocks(self.model, BLOCK_SIZE, self.max_model_len, max_num_seqs, kv_tokens, tp)
-        self.kv_tokens = blocks * BLOCK_SIZE
-        limits = RequestValidator(self.config.vocab_size, self.max_model_len, max_batch_tokens, max_num_seqs)
-        self.engine = Engine(
-            make_runner(self.model, blocks, BLOCK_SIZE),
-            BlockPool(blocks, BLOCK_SIZE, prefix_caching=prefix_caching),
-            limits,
-            self.tokenizer,
-            stop_ids=stop_ids,
-            seed=seed,
-            share=tp.broadcast_object if tp else None,
-            is_driver=tp is None or tp.rank == 0,
-        )
-        self._prompts: dict[str, str] = {}  # texts of unfinished requests
-        self._ended: Box = {}  # what `step` is to give
-        self._boxes: dict[str, Box] = {}  # where the output of an unfinished request goes instead
-        self._tp = tp
-        if tp is not None:
-            if tp.rank > 0:
-                tp.serve(self.engine.run_worker)
-            atexit.register(self.close)  # a script that ends without closing must not leave ranks waiting
+        known = [entry.name for entry in fields(EngineOptions)]
+        for name in options:
+            if name not in known:
+                raise UserError(f"LLM has no option {name!r}{nearest(name, known)}.")
+        given = EngineOptions(model=str(model), **options)
+        self.engine = create_engine(given, prefix_caching=prefix_caching, seed=seed, quiet=quiet)
+        self.model = self.engine.runner.model
+        self.config, self.tokenizer, self.defaults = self.model.config, self.engine.tokenizer, self.engine.defaults
+        weight = self.model.embed_tokens.weight
+        self.dtype, self.device = weight.dtype, str(weight.device)
+        self.max_model_len = self.engine.validator.max_model_len
+        pool = self.engine.scheduler.pool
+        self.kv_cache_tokens = pool.num_blocks * pool.block_size
+        self._submitted = _Inbox()  # of requests whose output `step` returns
+        self._unfinished: dict[str, tuple[_Inbox, str | None]] = {}  # by request id, with the text of the prompt
+        self._changed = threading.Condition()  # guards `_unfinished` and `_stepping`; notified after each step
+        self._stepping = False  # a thread is in the engine's step
 
     def __enter__(self) -> LLM:
         return self
@@ -192,75 +119,111 @@ class LLM:
 
     def close(self) -> None:
         """Release the other ranks. With one process there is nothing to release, and the model can still be used."""
-        if self._tp is not None and not self._tp.broken:
-            self.engine.stop()
-        self._tp = None
+        self.engine.stop()
 
     # One request at a time
 
-    def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None, stream: bool = False
-    ) -> str:
-        """Queue a text, token ids or a conversation, and give the request's id."""
-        if not isinstance(params, SamplingParams | None):
-            raise UserError(f"sampling parameters are given as SamplingParams(...), not as a {type(params).__name__}.")
-        ids, text = self.encode(prompt)
-        id = self.engine.add(ids, self._default(params, len(ids)), id=id, stream=stream)
-        if text is not None:
-            self._prompts[id] = text
-        return id
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None) -> str:
+        """Queue a text, token ids or a conversation, and return the request's id. `step` returns its output."""
+        _check_params(params)
+        return self._submit(self.encode(prompt), params, self._submitted, id)
 
     def step(self) -> list[RequestOutput]:
-        """Compute the next batch; gives the submitted requests that have ended."""
-        self._advance()
-        done = list(self._ended.values())
-        self._ended.clear()
+        """Compute the next batch. Returns the submitted requests that have finished, or have been aborted."""
+        self._advance(self._submitted)
+        done = []
+        while self._submitted.finished:
+            done.append(self._submitted.finished.popleft())
         return done
 
-    def _advance(self) -> None:
-        """A step of the engine. Several callers may take turns in this: each output goes to whose request it was."""
-        try:
-            done = self.engine.step()
-        except BaseException:
-            if self._tp is not None:
-                self._tp.broken = True
-            raise
-        for out in done:
-            out.prompt = self._prompts.pop(out.id, None)
-            self._boxes.pop(out.id, self._ended)[out.id] = out
-
     def abort(self, id: str) -> None:
+        """End a request early; its output holds what it has. Unknown and finished ones are ignored."""
         self.engine.abort(id)
 
     @property
     def busy(self) -> int:
-        """Requests that have not finished, or whose output `step` has yet to give."""
-        return self.engine.busy + len(self._ended)
+        """Requests that have not finished, or whose output `step` has yet to return."""
+        return len(self._unfinished) + len(self._submitted.finished)
 
-    def encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
-        """Token ids, and the text, of a text (by the BOS rule), of a conversation (by its template) or of ids."""
-        try:
-            if not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt):
-                return [index(token) for token in prompt], None  # type: ignore[arg-type]
-        except TypeError:
-            raise UserError(
-                f"a prompt is a text, a list of token ids (whole numbers) or a conversation, not {prompt!r:.60}."
-            ) from None
-        if self.tokenizer is None:
-            raise UserError("this model has no tokenizer; give token ids.")
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> Encoded:
+        """(token ids, text) of a text (by the BOS rule), of a conversation (by its template) or of ids (text None)."""
+        self._check_prompt(prompt)
+        if self.tokenizer is None or not (isinstance(prompt, str) or any(isinstance(part, Mapping) for part in prompt)):
+            return [index(token) for token in prompt], None  # type: ignore[arg-type]
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt), prompt
-        text = self.tokenizer.render(prompt)  # type: ignore[arg-type]
+        text = self.tokenizer.render(prompt, continue_final_message=continue_final_message)  # type: ignore[arg-type]
         return self.tokenizer.encode(text, bos=False), text
 
-    def _default(self, params: SamplingParams | None, prompt_len: int) -> SamplingParams:
-        """`params`, else the checkpoint's; a length that is the checkpoint's is cut to what context and cache leave."""
+    def _check_prompt(self, prompt: Prompt) -> None:
+        """Raise UserError for what is not a prompt of this model at all."""
+        texts = isinstance(prompt, str)
+        try:
+            if not texts and not (texts := any(isinstance(part, Mapping) for part in prompt)):
+                for token in prompt:
+                    index(token)  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(
+                f"A prompt is a text, a list of token ids (integers) or a conversation, not {prompt!r:.60}."
+            ) from None
+        if texts and self.tokenizer is None:
+            raise UserError("This model has no tokenizer; give token ids.")
+
+    def _params(self, params: SamplingParams | None, prompt_len: int) -> SamplingParams:
+        """`params`, else the checkpoint's; a max_tokens of the checkpoint is cut to what context and cache leave."""
         params, wanted = params or self.defaults, self.defaults.max_tokens
         if wanted is None or params.max_tokens != wanted:
             return params
-        return replace(params, max_tokens=min(wanted, max(1, min(self.max_model_len, self.kv_tokens) - prompt_len)))
+        left = min(self.max_model_len, self.kv_cache_tokens) - prompt_len
+        return replace(params, max_tokens=min(wanted, max(1, left)))
 
-    # Many at once
+    # Steps, and who gets what they bring
+
+    def _submit(self, encoded: Encoded, params: SamplingParams | None, inbox: _Inbox, id: str | None = None) -> str:
+        ids, text = encoded
+        with self._changed:  # so that no step finishes the request before its inbox is known
+            id = self.engine.add(ids, self._params(params, len(ids)), id=id)
+            self._unfinished[id] = inbox, text
+        return id
+
+    def _advance(self, inbox: _Inbox) -> None:
+        """Return when something came for `inbox`, or one step later: this thread's own, or another's in progress."""
+        with self._changed:
+            if inbox.updates or inbox.finished:
+                return
+            if self._stepping:
+                self._changed.wait()
+                return
+            self._stepping = True
+        out = StepOutput()
+        try:
+            out = self.engine.step()
+        finally:
+            with self._changed:
+                self._stepping = False
+                self._dispatch(out)
+                self._changed.notify_all()
+
+    def _dispatch(self, out: StepOutput) -> None:
+        """Each event to the caller whose request it belongs to; those of dropped requests to nobody."""
+        for update in out.updates:
+            inbox, _ = self._unfinished.get(update.request_id, NOBODY)
+            if inbox.streams:
+                inbox.updates.append(update)
+        for output in out.finished:
+            inbox, output.prompt = self._unfinished.pop(output.id, NOBODY)
+            if inbox is not NOBODY[0]:
+                inbox.finished.append(output)
+
+    def _drop(self, ids: Iterable[str]) -> None:
+        """Abort requests whose caller has left."""
+        for id in ids:
+            with self._changed:
+                unfinished = self._unfinished.pop(id, None)
+            if unfinished is not None:
+                self.engine.abort(id)
+
+    # Many requests at once
 
     def generate(
         self,
@@ -269,7 +232,7 @@ class LLM:
         *,
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Continue every prompt (texts or token ids), in order. A request that fails alone carries an `error`."""
+        """Continue every prompt (texts or token ids), in order. A request that is refused or fails has an `error`."""
         listed = _several(prompts)
         if any(isinstance(prompt, Mapping) for prompt in listed):
             raise UserError("generate takes texts and token ids; use chat for conversations.")
@@ -280,119 +243,115 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        continue_final_message: bool = False,
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list of them, through the checkpoint's chat template."""
+        """Answer one conversation, or each of a list of them, through the checkpoint's chat template.
+
+        continue_final_message: continue the last message instead of answering it. A request that is refused or fails
+        has an `error`.
+        """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise UserError(
                 "chat takes a list of messages, each a dict with role and content, or a list of such lists."
             )
+        if self.tokenizer is not None and self.tokenizer.chat_template is None:
+            self.tokenizer.render([])  # raises the error that says so, once for all conversations
         one = bool(messages) and isinstance(messages[0], Mapping)
-        return self._all([messages] if one else list(messages), params, progress)
+        return self._all([messages] if one else list(messages), params, progress, continue_final_message)
 
-    def _all(self, prompts: list[Any], params: Any, progress: bool) -> list[RequestOutput]:
+    def _all(
+        self, prompts: list[Any], params: Any, progress: bool, continue_final_message: bool = False
+    ) -> list[RequestOutput]:
+        """Outputs in the order of the prompts. When the call is interrupted, all of its requests are dropped."""
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one, or as many.")
-        return self._gather((self.submit(*pair) for pair in zip(prompts, each, strict=True)), len(each), progress)
-
-    def _gather(self, submitted: Iterator[str], total: int, progress: bool) -> list[RequestOutput]:
-        """Outputs of requests (ids), in their order. When anything goes wrong, Ctrl-C too, all of them are dropped."""
-        ids: list[str] = []
-        box: Box = {}
+        for prompt, given in zip(prompts, each, strict=True):
+            self._check_prompt(prompt)
+            _check_params(given)
+        inbox, outputs, positions = _Inbox(), list[RequestOutput](), dict[str, int]()
         try:
-            for id in submitted:
-                ids.append(id)
-                self._boxes[id] = box
-            with meter("Generating", total, "requests", quiet=not progress) as advance:
-                while len(box) < len(ids):
-                    before = len(box)
-                    self._advance()
-                    advance(len(box) - before)
+            for prompt, given in zip(prompts, each, strict=True):
+                output = RequestOutput("", [], prompt if isinstance(prompt, str) else None)
+                try:
+                    encoded = self.encode(prompt, continue_final_message=continue_final_message)
+                    output.prompt_token_ids, output.prompt = encoded
+                    positions[self._submit(encoded, given, inbox)] = len(outputs)
+                except UserError as error:
+                    output.error = str(error)
+                outputs.append(output)
+            left = len(positions)
+            with meter("Generating", len(outputs), "requests", quiet=not progress) as advance:
+                advance(len(outputs) - left)
+                while left:
+                    self._advance(inbox)
+                    while inbox.finished:
+                        output = inbox.finished.popleft()
+                        outputs[positions[output.id]] = output
+                        left -= 1
+                        advance(1)
         except BaseException:
-            for id in ids:
-                self.abort(id)
+            self._drop(positions)
             raise
-        return [box[id] for id in ids]
+        return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
-        """Pieces of text as they come. Closing the iterator aborts the request."""
-        id = self.submit(prompt, params, stream=True)
-        request = self.engine.requests[id]
-        box = self._boxes[id] = {}
-        seen: Counter[int] = Counter()  # tokens given, by index of the completion
+        """Text and tokens as they are made. Closing the iterator aborts the request. Beam search cannot stream."""
+        self._check_prompt(prompt)
+        _check_params(params)
+        if (params or self.defaults).num_beams > 1:
+            raise UserError("Beam search chooses at the end and cannot stream; use generate, or num_beams = 1.")
+        inbox = _Inbox(streams=True)
+        id = self._submit(self.encode(prompt), params, inbox)
         try:
             while True:
-                for seq in sorted((*request.sequences, *request.finished), key=lambda seq: seq.index):
-                    tokens = seq.tokens[seq.prompt_len + seen[seq.index] :]
-                    if tokens and seq.text is not None:
-                        seen[seq.index] += len(tokens)
-                        over = seq.finish_reason is not None
-                        yield TextDelta(seq.text.take(over=over), tokens, seq.finish_reason, seq.index)
-                if box:
+                over = bool(inbox.finished)  # looked at first: with the output there, no more updates come
+                while inbox.updates:
+                    new = inbox.updates.popleft()
+                    yield TextDelta(
+                        new.text, new.token_ids, new.finish_reason, new.index, new.stop_reason, new.logprobs
+                    )
+                if over:
                     break
-                self._advance()
-            if request.error is not None:
-                raise UserError(request.error)
+                self._advance(inbox)
+            if (error := inbox.finished[0].error) is not None:
+                raise UserError(error)
         finally:
-            self.abort(id)
+            self._drop([id])
 
     def score(
         self, texts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], *, progress: bool = False
     ) -> list[Scored]:
-        """Log-probabilities (natural, of the raw model) of given texts or token ids, one or many, batched."""
-        listed = [self.encode(text)[0] for text in _several(texts)]
-        scorable = [tokens for tokens in listed if len(tokens) > 1]
-        added = (self.engine.add(tokens, SamplingParams(), score_only=True) for tokens in scorable)
-        done = iter(self._gather(added, len(scorable), progress))
-        out = []
-        for tokens in listed:
-            levels: list[float | None] = [None] * min(len(tokens), 1)
-            if len(tokens) > 1:
-                result = next(done)
-                if result.error is not None:
-                    raise UserError(result.error)
-                levels += [level for _, level, _ in result.prompt_logprobs or []]
-            out.append(Scored(tokens, levels))
-        return out
+        """Log-probabilities (natural, of the raw model) of given texts or token ids, one or many, batched.
+
+        A text that is refused or fails has an `error`.
+        """
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        scored = []
+        for text, out in zip(listed := _several(texts), self._all(listed, params, progress), strict=True):
+            if not text and not out.prompt_token_ids:  # a tokenizer without BOS makes no token of it
+                scored.append(Scored([], []))
+            elif out.error is not None:
+                scored.append(Scored(out.prompt_token_ids, [], out.error))
+            else:
+                scored.append(
+                    Scored(out.prompt_token_ids, [None, *(level for _, level, _ in out.prompt_logprobs or [])])
+                )
+        return scored
 
 
-def _open(model: str | Path, revision: str | None, weights: str) -> Checkpoint:
-    """The checkpoint. Where random weights were asked for, a name that is none may be a mistyped preset."""
-    try:
-        return open_checkpoint(model, revision=revision)
-    except UserError as error:
-        if weights == "random" and (hint := nearest(str(model), PRESETS)):
-            raise UserError(f"there is no preset {str(model)!r}{hint}; and as a checkpoint: {error}") from error
-        raise
+def _check_params(params: object) -> None:
+    if not isinstance(params, SamplingParams | None):
+        raise UserError(f"Sampling parameters are given as SamplingParams(...), not as a {type(params).__name__}.")
 
 
 def _several(prompts: Any) -> list[Any]:
     """One text, or one prompt's token ids, as a list of one; a list of either as it is."""
     if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, str | Sequence):
-        raise UserError(f"give a text, token ids, or a list of either, not {type(prompts).__name__}.")
+        raise UserError(f"Give a text, token ids, or a list of either, not {type(prompts).__name__}.")
     one = isinstance(prompts, str) or (bool(prompts) and all(isinstance(part, int) for part in prompts))
     return [prompts] if one else list(prompts)
-
-
-def _stop_ids(source: Checkpoint) -> tuple[int, ...]:
-    """The end tokens of a checkpoint that has no tokenizer to name them."""
-    size = source.config.vocab_size
-    return end_ids(source.generation, size, "generation_config.json") or end_ids(source.hf_config, size, "config.json")
-
-
-def _context(config: ModelConfig, asked: int | None) -> int:
-    """The longest sequence in tokens. Going beyond the trained context is refused unless RoPE stretches to it."""
-    trained = config.max_position_embeddings
-    if asked is None:
-        return trained
-    if asked < 2:
-        raise UserError(f"max_model_len must be at least 2, not {asked}.")
-    scaling = config.rope_scaling or {}
-    stretched = int(trained * scaling["factor"]) if scaling.get("rope_type") == "dynamic" else trained
-    if asked > stretched:
-        raise UserError(f"max_model_len {asked} is more than the {stretched} tokens that the model was made for.")
-    return asked
 
 
 def pipeline(task: str, model: str | Path | LLM, **loading: Any) -> Callable[..., Any]:
@@ -402,7 +361,7 @@ def pipeline(task: str, model: str | Path | LLM, **loading: Any) -> Callable[...
     `do_sample` too); `return_full_text=False` leaves the prompt out.
     """
     if task.replace("_", "-") != "text-generation":
-        raise UserError(f"there is no pipeline {task!r}{nearest(task, ['text-generation'])}; puna has text-generation.")
+        raise UserError(f"There is no pipeline {task!r}{nearest(task, ['text-generation'])}; puna has text-generation.")
     llm = model if isinstance(model, LLM) else LLM(model, **loading)
 
     def call(prompts: Any, *, return_full_text: bool = True, **sampling: Any) -> Any:
@@ -427,5 +386,6 @@ def pipeline(task: str, model: str | Path | LLM, **loading: Any) -> Callable[...
 
 
 def _joined(prompt: Any, text: str, full: bool) -> Any:
-    whole = prompt + text if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": text}]
-    return whole if full else text
+    if not full:
+        return text
+    return prompt + text if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": text}]

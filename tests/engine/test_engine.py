@@ -17,9 +17,9 @@ from transformers import LlamaForCausalLM
 from puna.engine.beam import BeamSearch
 from puna.engine.block_pool import BlockPool
 from puna.engine.cuda_graphs import GraphRunner
+from puna.engine.eager_runner import EagerRunner
 from puna.engine.engine import Engine
-from puna.engine.outputs import Completion, RequestOutput
-from puna.engine.runner import EagerRunner
+from puna.engine.outputs import Completion, RequestOutput, StepOutput
 from puna.engine.sampler import Row, fork_seed, sample
 from puna.engine.sampling_params import SamplingParams
 from puna.engine.sequence import Batch
@@ -32,6 +32,7 @@ from puna.tokenizer import Tokenizer
 from puna.weights.open import open_checkpoint
 
 CONTEXT = 96
+SCORE = SamplingParams(max_tokens=0, prompt_logprobs=0)
 STOP = tuple(range(2, 40))  # ids that end a text; so many that some texts end before their longest
 TIGHT = 22  # blocks of 4 tokens: just enough for the largest of the cases
 
@@ -54,10 +55,12 @@ class Tiny:
         caching: bool = True,
         stop_ids: tuple[int, ...] = STOP,
         runner: Any = EagerRunner,
+        **options: Any,
     ) -> Engine:
         validator = RequestValidator(self.model.config.vocab_size, CONTEXT, batch_tokens, seqs)
         pool = BlockPool(blocks, size, prefix_caching=caching)
-        engine = Engine(runner(self.model, blocks, size), pool, validator, self.tokenizer, stop_ids=stop_ids)
+        made = runner(self.model, blocks, size)
+        engine = Engine(made, pool, validator, self.tokenizer, stop_ids=stop_ids, **options)
         self.engines.append(engine)
         return engine
 
@@ -161,7 +164,7 @@ def drain(engine: Engine) -> dict[str, RequestOutput]:
     """Step until nothing is left to do. The scheduler must be sound after every step, and the cache free at the end."""
     done = {}
     while engine.busy:
-        for output in engine.step():
+        for output in engine.step().finished:
             assert output.id not in done
             done[output.id] = output
         engine.scheduler.check()
@@ -297,7 +300,7 @@ def random_traffic(tiny: Tiny, cases: list[Case], seed: int) -> None:
             if draw.random() < 0.1:
                 aborted.add(id := draw.choice(list(engine.requests)))
                 engine.abort(id)
-            done |= {output.id: output for output in engine.step()}
+            done |= {output.id: output for output in engine.step().finished}
             engine.scheduler.check()
     done |= drain(engine)
     assert done.keys() == asked.keys()
@@ -337,11 +340,12 @@ class TwinRunner(EagerRunner):
 
 
 def test_padded_decode_gives_the_logits_of_the_eager_runner(tiny: Tiny, cases: list[Case]):
+    steps = set()
     for blocks in (TIGHT, 256):
         engine = tiny.engine(blocks=blocks, runner=TwinRunner)
         check(engine, cases)
-        steps = engine.runner.twin.steps  # type: ignore[attr-defined]
-        assert len(steps) > 3 and any(rows > 4 for rows, _ in steps)
+        steps |= engine.runner.twin.steps.keys()  # type: ignore[attr-defined]
+    assert len(steps) > 3 and any(rows > 4 for rows, _ in steps)
 
 
 def test_samples_differ_and_the_seed_repeats_them(tiny: Tiny):
@@ -357,7 +361,7 @@ def test_requests_without_a_seed_differ_and_the_engine_repeats_them(tiny: Tiny):
     params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
     twice = []
     for _ in range(2):
-        engine = tiny.engine()
+        engine = tiny.engine(seed=7)
         ids = [engine.add([50, 60, 70], params) for _ in range(3)]
         done = drain(engine)
         twice.append([tokens_of(done[id]) for id in ids])
@@ -467,7 +471,7 @@ def test_a_stop_string_over_token_boundaries(tiny: Tiny, include: bool):
     pieces = [tiny.tokenizer.decode([token]) for token in free.token_ids]
     assert "".join(pieces[:12]) in free.text  # characters of one token each, or the next lines cut through one
     stop = pieces[8][-1:] + pieces[9] + pieces[10][:1]
-    found = text_of(tiny, PROMPT, max_tokens=30, stop=(stop, "never there"), include_stop=include)
+    found = text_of(tiny, PROMPT, max_tokens=30, stop=(stop, "never there"), include_stop_str_in_output=include)
     at = free.text.index(stop)
     assert found.text == free.text[: at + (len(stop) if include else 0)]
     assert (found.finish_reason, found.stop_reason) == ("stop", stop)
@@ -558,7 +562,7 @@ def test_other_dtypes_come_near(tiny_checkpoint, tiny: Tiny, cases: list[Case], 
 
 
 def test_more_alternatives_than_the_vocabulary_has(tiny: Tiny):
-    found = one(tiny.engine(), PROMPT, SamplingParams(max_tokens=1, logprobs=10**6, prompt_logprobs=10**6))
+    found = one(tiny.engine(), PROMPT, SamplingParams(max_tokens=1, logprobs=1000, prompt_logprobs=1000))
     vocab = tiny.model.config.vocab_size
     assert len(found.prompt_logprobs[0][2]) == len(found.outputs[0].logprobs[0][2]) == vocab  # type: ignore[index]
 
@@ -566,13 +570,13 @@ def test_more_alternatives_than_the_vocabulary_has(tiny: Tiny):
 def test_scoring_a_text_beside_others(tiny: Tiny, cases: list[Case]):
     engine = tiny.engine(blocks=TIGHT, batch_tokens=20)
     text = cases[-1].prompt
-    ids = [engine.add(text, SamplingParams(), score_only=True) for _ in range(2)]
+    ids = [engine.add(text, SCORE) for _ in range(2)]
     others = [engine.add(case.prompt, case.params) for case in cases]
-    ids += [engine.add(text[:1], SamplingParams(), score_only=True)]
+    ids += [engine.add(text[:1], SCORE)]
     done = drain(engine)
     levels = tiny.logits(text).log_softmax(-1)
     for id in ids[:2]:
-        assert done[id].outputs == []
+        assert done[id].outputs == [Completion(0, "", [], "length")]
         assert [token for token, _, _ in done[id].prompt_logprobs or []] == text[1:]
         expected = [levels[i, token].item() for i, token in enumerate(text[1:])]
         assert [level for _, level, _ in done[id].prompt_logprobs or []] == pytest.approx(expected, abs=1e-9)
@@ -591,27 +595,27 @@ def test_abort_gives_what_there_is(tiny: Tiny, cases: list[Case]):
     never_taken = engine.add(PROMPT, params)
     engine.abort(never_taken)
     for _ in range(5):
-        done = {output.id: output for output in engine.step()}
+        done = {output.id: output for output in engine.step().finished}
         assert (never_taken in done) == (engine.computed_tokens == len(PROMPT))
     engine.abort(id)
     engine.abort(id)
     engine.abort("unknown")
-    (output,) = engine.step()
+    (output,) = engine.step().finished
     completion = output.outputs[0]
     assert completion.finish_reason == "abort"
     assert completion.token_ids == tiny.expected(PROMPT, replace(params, max_tokens=5, ignore_eos=True))[0]
     assert completion.text == tiny.tokenizer.decode(completion.token_ids)
-    assert engine.busy == 0 and not engine.step()
+    assert engine.busy == 0 and engine.step() == StepOutput()
 
 
 @pytest.mark.parametrize("steps", range(5))
 def test_abort_in_the_middle_frees_everything(tiny: Tiny, cases: list[Case], steps: int):
     engine = tiny.engine(batch_tokens=20)
     ids = [engine.add(case.prompt, case.params) for case in cases]
-    ended = {output.id for _ in range(steps * 3) for output in engine.step()}
+    ended = {output.id for _ in range(steps * 3) for output in engine.step().finished}
     for id in ids:
         engine.abort(id)
-    outputs = engine.step()
+    outputs = engine.step().finished
     assert {output.id for output in outputs} == set(ids) - ended
     for output in outputs:
         aborted_like(output, cases[ids.index(output.id)])
@@ -633,7 +637,7 @@ def test_nan_fails_one_request_and_no_other(tiny: Tiny, cases: list[Case], batch
     for i, case in enumerate(cases):
         bad.append(engine.add(bad_prompts[i % 3], SamplingParams(max_tokens=3, **options[i % 5])))
         good[engine.add(case.prompt, case.params)] = case
-    bad.append(engine.add(bad_prompts[0], SamplingParams(), score_only=True))
+    bad.append(engine.add(bad_prompts[0], SCORE))
     for _ in range(6):  # one leaves in the middle of a poisoned prompt
         last = engine.add(bad_prompts[0], SamplingParams(max_tokens=3))
     engine.abort(last)
@@ -650,7 +654,7 @@ def test_nan_is_found_with_the_chunk_that_made_it(tiny: Tiny):
     """Before anybody can find or reuse its blocks."""
     engine = poison(tiny, 5).engine(batch_tokens=4)
     engine.add([*PROMPT, 5, *PROMPT * 6], SamplingParams(max_tokens=3))
-    assert [engine.step(), len(engine.step())] == [[], 1]
+    assert [len(engine.step().finished) for _ in range(2)] == [0, 1]
     assert not engine.runner.cache.isnan().any()  # type: ignore[attr-defined]
 
 
@@ -687,7 +691,7 @@ def test_an_interrupted_step_is_done_again(tiny: Tiny, cases: list[Case]):
     done, interrupted = {}, 0
     while engine.busy:
         try:
-            done |= {output.id: output for output in engine.step()}
+            done |= {output.id: output for output in engine.step().finished}
         except KeyboardInterrupt:
             interrupted += 1
         engine.scheduler.check()
@@ -701,12 +705,16 @@ def test_an_interrupted_step_is_done_again(tiny: Tiny, cases: list[Case]):
 @pytest.mark.parametrize(
     ("prompt", "options", "says"),
     [
-        ([], {}, "the prompt is empty"),
-        ([5] * CONTEXT, {}, f"the prompt has {CONTEXT} tokens, and the context of {CONTEXT} must hold the answer too"),
+        ([], {}, "The prompt is empty"),
+        ([5] * CONTEXT, {}, f"The prompt has {CONTEXT} tokens, and the context of {CONTEXT} must hold the answer too"),
         ([5] * 90, {"max_tokens": 7}, "90 prompt tokens and max_tokens 7 exceed the context of 96; ask for at most 6"),
-        ([5] * 60, {"max_tokens": 10}, "1 sequence of 70 tokens cannot fit the cache of 64 tokens; raise --kv-tokens"),
-        ([5] * 64, {}, "1 sequence of 65 tokens cannot fit the cache"),
-        ([5] * 10, {"max_tokens": 10, "num_beams": 4}, "4 sequences of 20 tokens cannot fit the cache of 64 tokens"),
+        (
+            [5] * 60,
+            {"max_tokens": 10},
+            "1 sequence of 70 tokens cannot fit the KV cache of 64 tokens; raise kv_cache_tokens",
+        ),
+        ([5] * 64, {}, "1 sequence of 65 tokens cannot fit the KV cache"),
+        ([5] * 10, {"max_tokens": 10, "num_beams": 4}, "4 sequences of 20 tokens cannot fit the KV cache of 64 tokens"),
         ([5, 384], {}, "token 384, but the model's vocabulary ends at 383"),
         ([5, -1], {}, "token -1"),
         ([5], {"n": 9, "temperature": 1.0}, "9 sequences at once are more than a step takes"),
@@ -725,14 +733,14 @@ def test_what_can_never_run_is_refused_in_a_sentence(tiny: Tiny, prompt: list[in
     ("text", "says"),
     [
         ([], "empty"),
-        ([5] * (CONTEXT + 1), f"the text has {CONTEXT + 1} tokens, more than the context"),
-        ([5] * 65, "cannot fit the cache of 64"),
+        ([5] * (CONTEXT + 1), f"The text has {CONTEXT + 1} tokens, more than the context"),
+        ([5] * 65, "cannot fit the KV cache of 64"),
         ([5, 384], "vocabulary"),
     ],
 )
 def test_a_text_that_cannot_be_scored_is_refused(tiny: Tiny, text: list[int], says: str):
     with pytest.raises(UserError, match=says):
-        tiny.engine(blocks=16).add(text, SamplingParams(), score_only=True)
+        tiny.engine(blocks=16).add(text, SCORE)
 
 
 def test_without_max_tokens_the_context_or_the_cache_ends_it(tiny: Tiny):
@@ -763,11 +771,6 @@ def test_a_model_without_a_tokenizer_has_no_text(tiny: Tiny):
     engine = Tiny(tiny.model, None).engine(stop_ids=())  # type: ignore[arg-type]
     output = one(engine, PROMPT, SamplingParams(max_tokens=3))
     assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 3
-    for options, stream in (({"stop": ("x",)}, False), ({}, True)):
+    for options in ({"stop": ("x",)}, {"bad_words": ("x",)}):
         with pytest.raises(UserError, match="no tokenizer"):
-            engine.add(PROMPT, SamplingParams(**options), stream=stream)
-
-
-def test_beams_cannot_stream(tiny: Tiny):
-    with pytest.raises(UserError, match="beam search chooses at the end"):
-        tiny.engine().add(PROMPT, SamplingParams(num_beams=2), stream=True)
+            engine.add(PROMPT, SamplingParams(**options))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.engine.kv_cache import CPU_SHARE, cache_blocks, cache_bytes
+from puna.engine.kv_cache import CPU_FRACTION, cache_blocks, cache_bytes
 from puna.errors import UserError
 from puna.llm import LLM
 from puna.model.llama import Llama
@@ -35,7 +35,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_cache_as_large_as_asked(model: Llama):
     assert cache_blocks(model, SIZE, 256, 8, 1000, None) == 62
-    with pytest.raises(UserError, match="raise --kv-tokens"):
+    with pytest.raises(UserError, match="raise kv_cache_tokens"):
         cache_blocks(model, SIZE, 256, 8, SIZE - 1, None)
 
 
@@ -44,27 +44,27 @@ def test_no_more_than_the_longest_sequences_need(model: Llama, machine: Path):
 
 
 def test_as_much_as_the_memory_allows(model: Llama, machine: Path):
-    free = 8_000_000 * 1024 * CPU_SHARE
+    free = 8_000_000 * 1024 * CPU_FRACTION
     assert cache_bytes(CPU) == free
     assert cache_blocks(model, SIZE, 10**6, 10**6, None, None) == free // BLOCK_BYTES
 
 
 def test_ranks_share_the_machine(machine: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert cache_bytes(CPU) == 8_000_000 * 1024 * CPU_SHARE / 4
+    assert cache_bytes(CPU) == 8_000_000 * 1024 * CPU_FRACTION / 4
 
 
 def test_a_container_may_have_less_than_its_machine(machine: Path):
     (machine / "stat").write_text("anon 1000\nfile 5000\n")
     for limit, left in ((b"5000", 4000), (b"500", 0), (b"max\n", 8_000_000 * 1024)):
         (machine / "max").write_bytes(limit)
-        assert cache_bytes(CPU) == left * CPU_SHARE
+        assert cache_bytes(CPU) == left * CPU_FRACTION
 
 
 def test_no_memory_at_all(model: Llama, machine: Path):
     (machine / "stat").write_text("anon 1000\n")
     (machine / "max").write_text("1000")
-    with pytest.raises(UserError, match="no memory is left"):
+    with pytest.raises(UserError, match="No memory is left"):
         cache_blocks(model, SIZE, 256, 8, None, None)
 
 
@@ -93,7 +93,7 @@ def test_a_gpu_has_what_is_free_and_what_torch_holds_unused(monkeypatch: pytest.
 
 def test_the_largest_llama_is_refused_at_once(machine: Path):
     with pytest.raises(UserError, match=r"take 811,706,777,600 bytes \(756.0 GiB\), but cpu has"):
-        LLM("llama3.1-405b", weights="random")
+        LLM("llama3.1-405b", load_format="dummy")
 
 
 def test_without_linux_half_of_the_machine(machine: Path):

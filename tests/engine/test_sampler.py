@@ -255,3 +255,28 @@ def test_nan_logits_name_the_rows_at_fault(options: dict, value: float) -> None:
     with pytest.raises(NonFiniteLogits, match="NaN or infinite") as error:
         sample(logits, [row(**options)] * 4)
     assert error.value.rows == [1, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", range(8))
+def test_repeated_ngrams_are_those_of_transformers(size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 5, (12 * seed,), generator=generator).tolist()
+    logits = random_logits(seed, 1, 40)
+    ours = process(logits, [row(prompt=tokens[:7], output=tokens[7:], no_repeat_ngram_size=size)])
+    ids = torch.tensor([tokens], dtype=torch.long)
+    assert torch.equal(ours, hf.NoRepeatNGramLogitsProcessor(size)(ids, logits.clone()))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bad_words_are_those_of_transformers(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(0, 4, (length,), generator=generator).tolist()
+
+    words = [draw(1 + i % 4) for i in range(6)] if seed % 2 else [draw(3) for _ in range(9)]
+    tokens, logits = draw(seed + 1), random_logits(seed, 1, 30)
+    asked = Row(SamplingParams(bad_words=("x",)), 0, 0, tokens[:3], tokens[3:], (), [tuple(word) for word in words])
+    theirs = hf.NoBadWordsLogitsProcessor(words)(torch.tensor([tokens]), logits.clone())
+    assert torch.equal(process(logits, [asked]), theirs)

@@ -48,11 +48,12 @@ class Asked:
             n=1 if self.beams else self.width,
             num_beams=self.width if self.beams else 1,
             temperature=0.0 if self.beams else 1.0,
-            prompt_logprobs=0 if self.prompt_logprobs else None,
+            max_tokens=0 if self.score else None,
+            prompt_logprobs=0 if self.prompt_logprobs or self.score else None,
         )
         longest = len(self.prompt) + (0 if self.score else self.new)
         sequence = Sequence(list(self.prompt), len(self.prompt), longest, seed=self.number)
-        return Request(str(self.number), list(self.prompt), params, (END,), [sequence], self.score)
+        return Request(str(self.number), list(self.prompt), params, (END,), [sequence])
 
     def alone(self) -> list[list[int]]:
         """Its continuations, without any scheduler."""

@@ -18,7 +18,7 @@ SCRIPT = """
 import os, sys
 from puna import LLM, SamplingParams
 from puna.engine.engine import Engine
-from puna.engine.runner import EagerRunner
+from puna.engine.eager_runner import EagerRunner
 
 rank = int(os.environ["RANK"])
 
@@ -150,7 +150,7 @@ def test_chat_under_torchrun(tiny_checkpoint):
 
 @pytest.mark.full
 def test_bench_under_torchrun(tmp_path):
-    words = ("bench", "latency", "tiny", "--weights", "random", "--input-len", "8", "--output-len", "4")
+    words = ("bench", "latency", "tiny", "--load-format", "dummy", "--input-len", "8", "--output-len", "4")
     words += ("--batch-size", "1,2", "--repeats", "1", "--json", tmp_path / "times.json")
     running = torchrun(2, *words)
     out, err = running.communicate(timeout=SECONDS)

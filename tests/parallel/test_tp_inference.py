@@ -86,11 +86,11 @@ def make_engine(tokenizer, tp=None):
     engine = Engine(
         make_runner(model, 20, 4),
         BlockPool(20, 4),
-        RequestValidator(384, 72, max_batch_tokens=24, max_num_seqs=8),
+        RequestValidator(384, 72, max_num_batched_tokens=24, max_num_seqs=8),
         tokenizer,
         stop_ids=(5, 17, 40),
-        share=tp.broadcast_object if tp else None,
-        is_driver=tp is None or tp.rank == 0,
+        seed=0,
+        tp=tp,
     )
     step = engine.step
 
@@ -123,13 +123,13 @@ REQUESTS = {
 def serve(engine):
     """Every request's output, by name; some come late, one is aborted, all share one small cache."""
     waiting, outputs, steps = list(REQUESTS), {}, 0
-    engine.add(list(range(100, 130)), SamplingParams(), id="scored", score_only=True)
+    engine.add(list(range(100, 130)), SamplingParams(max_tokens=0, prompt_logprobs=0), id="scored")
     while waiting or engine.busy:
         for name in waiting[:2]:
             prompt, options = REQUESTS[name]
             engine.add(prompt, SamplingParams(**options), id=name)
         del waiting[:2]
-        outputs |= {out.id: asdict(out) for out in engine.step()}
+        outputs |= {out.id: asdict(out) for out in engine.step().finished}
         steps += 1
         if steps == 12:
             engine.abort("aborted")

@@ -289,6 +289,27 @@ def test_stream_joins_to_decode_and_never_gives_half_a_character(made, kind, tex
         assert not any("\ufffd" in part for part in parts) and stream.end() == ""
 
 
+@quick
+@given(st.lists(st.integers(0, 430), max_size=20), st.lists(st.integers(0, 430), max_size=20), st.booleans())
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_decoded_in_the_context_of_those_before_them(made, kind, first, second, skip):
+    tokenizer = cached(made, kind)
+    stream = tokenizer.stream(skip_special=skip, after=first)
+    text = "".join([stream.push(index) for index in second]) + stream.end()
+    assert text == tokenizer.decode(second, skip_special=skip, after=first)
+    before = tokenizer.decode(first, skip_special=skip)
+    if not before.endswith("\ufffd"):  # else a character may reach over the edge
+        assert before + text == tokenizer.decode(first + second, skip_special=skip)
+
+
+def test_a_character_over_the_edge_is_completed(made):
+    tokenizer = cached(made, "spm")
+    sheep = tokenizer.encode("🐑", bos=False)
+    for cut in range(2, len(sheep)):
+        assert tokenizer.decode(sheep[cut:], after=sheep[:cut]) == "🐑"
+    assert b"".join(tokenizer.token_bytes(index) for index in sheep) == " 🐑".encode()
+
+
 def test_stream_waits_for_the_rest_of_a_character(made):
     tokenizer = cached(made, "spm")
     llama = tokenizer.encode("🐑", bos=False)[1:]  # four byte tokens after the dummy space

@@ -167,7 +167,7 @@ def test_an_untrained_adapter_of_ours_changes_nothing(tiny_checkpoint, tmp_path)
 def test_an_adapter_is_merged_when_a_model_is_loaded_to_generate(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint()
     expected = theirs(base, tmp_path / "a", ADAPTERS["every layer"])
-    with LLM(base, adapter=tmp_path / "a", device="cpu", kv_tokens=256) as llm:
+    with LLM(base, adapter=tmp_path / "a", device="cpu", kv_cache_tokens=256) as llm:
         scored = llm.score(IDS.tolist())
         assert type(llm.model.layers["0"].self_attn.qkv_proj) is Linear  # fused like any
     for row, ids, score in zip(expected.log_softmax(-1), IDS, scored, strict=True):

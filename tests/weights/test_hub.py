@@ -267,5 +267,5 @@ def test_what_the_hub_refuses_is_one_sentence(status, code, said, tmp_path):
 
 
 def test_a_preset_is_told_from_a_checkpoint():
-    with pytest.raises(UserError, match="llama2-7b is a preset, not a checkpoint: add --weights random"):
+    with pytest.raises(UserError, match="llama2-7b is a preset, not a checkpoint: add --load-format dummy"):
         hub.resolve("llama2-7b")

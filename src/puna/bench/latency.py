@@ -89,8 +89,8 @@ def step_bytes(llm: LLM, batch: int, context: float) -> float:
         for n in shape:
             count *= n
         weights += count
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch * context
-    return (weights + cache) * size / int(os.environ.get("WORLD_SIZE", "1"))
+    cache = config.kv_bytes_per_token(size) * batch * context
+    return (weights * size + cache) / int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_bandwidth(device: str) -> float:

@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puna.commands.shared_options import ModelOptions, loading
+from puna.commands.shared_options import loading
+from puna.engine.options import EngineOptions
 from puna.errors import UserError
 from puna.options import CHECKPOINT, argument, option
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class BenchOptions(ModelOptions):
+class BenchOptions(EngineOptions):
     """What is timed."""
 
-    model: str = argument(CHECKPOINT + "; with --weights random also a preset (llama2-7b, llama3.1-8b ...)")
+    model: str = argument(CHECKPOINT + "; with --load-format dummy also a preset (llama2-7b, llama3.1-8b ...)")
     input_len: tuple[int, ...] = option((128, 512), "prompt lengths in tokens")
     output_len: tuple[int, ...] = option((64,), "answer lengths in tokens")
     batch_size: tuple[int, ...] = option((1, 4, 16), "requests at once")
@@ -39,7 +40,7 @@ class LatencyOptions(BenchOptions):
 
     Examples:
       puna bench latency smollm2-135m-instruct --input-len 128,512 --output-len 64 --batch-size 1,4
-      puna bench latency tiny --weights random --input-len 64 --json times.json --plot times.png
+      puna bench latency tiny --load-format dummy --input-len 64 --json times.json --plot times.png
     """
 
     warmup: int = option(1, "untimed rounds before the timed ones")

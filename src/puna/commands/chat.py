@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from puna.commands.shared_options import ModelOptions, SamplingOptions, loading, sampling
+from puna.commands.shared_options import SamplingOptions, loading, sampling
+from puna.engine.options import EngineOptions
 from puna.errors import UserError, nearest
 from puna.options import option
 
@@ -30,7 +31,7 @@ COMMANDS = (*LEAVE, *START_OVER, "system", "help")
 
 
 @dataclass(kw_only=True)
-class ChatOptions(ModelOptions, SamplingOptions):
+class ChatOptions(EngineOptions, SamplingOptions):
     """Talk with a model.
 
     The answer streams to stdout, everything else goes to stderr. In the chat: q, quit or exit leave; clear or new start

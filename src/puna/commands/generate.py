@@ -18,7 +18,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from puna.commands.shared_options import ModelOptions, SamplingOptions, loading, sampling
+from puna.commands.shared_options import SamplingOptions, loading, sampling
+from puna.engine.options import EngineOptions
 from puna.errors import UserError
 from puna.options import argument, convert_all, option
 from puna.progress import meter
@@ -38,7 +39,7 @@ Load = Callable[[], tuple["LLM", "SamplingParams"]]
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(ModelOptions, SamplingOptions):
+class GenerateOptions(EngineOptions, SamplingOptions):
     """Complete one prompt or thousands.
 
     Prompts are arguments, a text file with one prompt a line, JSONL, or stdin. A JSONL row is {"prompt": "..."} or

@@ -1,34 +1,12 @@
-"""Options that several verbs share: loading a model, and sampling."""
+"""Options that several verbs share: sampling, and what they make of the engine's options."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
-from puna.options import CHECKPOINT, argument, option
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-
-
-@dataclass(kw_only=True)
-class ModelOptions:
-    """How the model is loaded."""
-
-    model: str = argument(CHECKPOINT)
-    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU when there is one")
-    dtype: Dtype = option("auto", "data type of the weights in memory; auto is the checkpoint's own")
-    weights: Literal["auto", "random"] = option("auto", "random: no weights are read, to time any size")
-    adapter: Path | None = option(None, "directory of a LoRA adapter in peft's layout, merged into the weights at load")
-    quantization: str | None = option(None, "int8: store the linear layers' weights as int8, packed while they load")
-    template: str | None = option(
-        None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
-    )
-    max_model_len: int | None = option(None, "longest prompt plus answer, in tokens; the config's own when not given")
-    kv_tokens: int | None = option(None, "tokens that the KV cache holds; sized from free memory when not given")
-    max_batch_tokens: int = option(2048, "tokens computed in one step, prompts and answers together")
-    max_num_seqs: int = option(256, "sequences that run at once")
+from puna.engine.options import EngineOptions
+from puna.options import option
 
 
 @dataclass(kw_only=True)
@@ -64,6 +42,6 @@ def sampling(options: SamplingOptions) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def loading(options: ModelOptions) -> dict[str, Any]:
+def loading(options: EngineOptions) -> dict[str, Any]:
     """`LLM`'s keyword arguments, with progress shown."""
-    return {entry.name: getattr(options, entry.name) for entry in fields(ModelOptions)} | {"quiet": False}
+    return {entry.name: getattr(options, entry.name) for entry in fields(EngineOptions)} | {"quiet": False}

@@ -1,8 +1,8 @@
-"""Beam search over one prompt as a pure state: logits in, (parent, token) out; whoever runs the model forks its cache.
+"""Beam search over one prompt as a pure state: logits in, (parent, token) out. The engine runs the model and the cache.
 
-It is transformers' `_beam_search` (version 5.24) at batch 1, to the token: the same float32 arithmetic on tensors of
-the same shape, so that ties and additions to -1e9 fall alike, and for beam sampling the same draws from a CPU generator
-with the same seed. It works in float32 whatever the logits are, as transformers does.
+It is transformers' `_beam_search` (version 5.24) at batch 1, token for token: the same float32 arithmetic on tensors of
+the same shape, so that ties and additions to -1e9 agree, and for beam sampling the same draws from a CPU generator with
+the same seed. It works in float32 whatever the dtype of the logits, as transformers does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NEVER = -1e9  # transformers' score of a beam that must not win; finite, so tha
 class Hypothesis(NamedTuple):
     """A finished beam.
 
-    tokens: the new tokens, the end token included when there is one. score: the sum of the processed log-probabilities
+    tokens: the new tokens, the end token included if there is one. score: the sum of the processed log-probabilities
     over length ** length_penalty. logprobs: the model's own, of each token.
     """
 
@@ -35,20 +35,27 @@ class BeamSearch:
     """The running beams and the best finished ones.
 
     prompt_len and max_length (prompt and output together) are in tokens; max_length > prompt_len. eos_ids: every token
-    that ends a beam (empty to ignore them). params.n hypotheses are returned; params.temperature > 0 samples.
+    that ends a beam (empty to ignore them). bad_words: as in `Row`. params.n hypotheses are returned;
+    params.temperature > 0 samples.
     """
 
     def __init__(
-        self, prompt_len: int, params: SamplingParams, eos_ids: Sequence[int], max_length: int, seed: int
+        self,
+        prompt_len: int,
+        params: SamplingParams,
+        eos_ids: Sequence[int],
+        max_length: int,
+        seed: int,
+        bad_words: Sequence[tuple[int, ...]] = (),
     ) -> None:
-        self.params, self.eos_ids = params, tuple(dict.fromkeys(eos_ids))
+        self.params, self.eos_ids, self.bad_words = params, tuple(dict.fromkeys(eos_ids)), bad_words
         self.prompt_len, self.length, self.max_length = prompt_len, prompt_len, max_length
         self.done = False
-        # Enough candidates that num_beams of them go on, even when each beam's likeliest tokens all end it.
+        # Enough candidates for num_beams to continue, even when each beam's likeliest tokens all end it.
         self._spare = max(2, 1 + len(self.eos_ids))
         self._generator = torch.Generator().manual_seed(seed)
-        # At first one beam exists. The others stand beside it with a hopeless score, because a draw without replacement
-        # takes one random number per candidate.
+        # At first only one beam is real. The others have a hopeless score, and are there because a draw without
+        # replacement takes one random number per candidate.
         self._scores = torch.full((params.num_beams,), _NEVER)
         self._scores[0] = 0
         self._logprobs: list[list[float]] = [[]] * params.num_beams
@@ -63,20 +70,20 @@ class BeamSearch:
         first, num_beams of them; none when the search is done. Raises NonFiniteLogits.
         """
         index, scores, logprobs = self._candidates(logits, sequences)
-        places = [divmod(i, logits.shape[1]) for i in index]
-        places = [(min(parent, len(sequences) - 1), token) for parent, token in places]
-        outputs = [[*sequences[parent][self.prompt_len :], token] for parent, token in places]
-        traces = [[*self._logprobs[parent], logprob] for (parent, _), logprob in zip(places, logprobs, strict=True)]
+        picks = [divmod(i, logits.shape[1]) for i in index]
+        picks = [(min(parent, len(sequences) - 1), token) for parent, token in picks]
+        outputs = [[*sequences[parent][self.prompt_len :], token] for parent, token in picks]
+        traces = [[*self._logprobs[parent], logprob] for (parent, _), logprob in zip(picks, logprobs, strict=True)]
         self.length += 1
-        ended = torch.tensor([token in self.eos_ids or self.length >= self.max_length for _, token in places])
+        ended = torch.tensor([token in self.eos_ids or self.length >= self.max_length for _, token in picks])
 
         running = scores + ended.float() * _NEVER
-        going_on = running.topk(self.params.num_beams).indices
-        self._scores, self._logprobs = running[going_on], [traces[i] for i in going_on.tolist()]
+        kept = running.topk(self.params.num_beams).indices
+        self._scores, self._logprobs = running[kept], [traces[i] for i in kept.tolist()]
         self._keep_best(outputs, scores, traces, ended)
         enough = self.params.early_stopping is True and bool(self._best_finished.all())
         self.done = enough or not self._may_improve() or bool(ended.all())
-        return [] if self.done else [places[i] for i in going_on.tolist()]
+        return [] if self.done else [picks[i] for i in kept.tolist()]
 
     def results(self) -> list[Hypothesis]:
         """The best params.n hypotheses, best first."""
@@ -88,7 +95,8 @@ class BeamSearch:
         if not all(finite):
             raise NonFiniteLogits([i for i, fine in enumerate(finite) if not fine])
         logprobs = logits.float().log_softmax(-1)
-        rows = [Row(self.params, 0, 0, s[: self.prompt_len], s[self.prompt_len :], self.eos_ids) for s in sequences]
+        start = self.prompt_len
+        rows = [Row(self.params, 0, 0, s[:start], s[start:], self.eos_ids, self.bad_words) for s in sequences]
         total = process(logprobs, rows, keep=self._spare) + self._scores.to(logits.device)[:, None]
         total = total.reshape(1, -1)
         count = self._spare * self.params.num_beams
@@ -102,8 +110,8 @@ class BeamSearch:
             scores, order = total.gather(1, index).sort(dim=1, descending=True, stable=True)
             index = index.gather(1, order)
         chosen = logprobs.expand(self.params.num_beams, -1).reshape(1, -1).gather(1, index)
-        found = torch.cat([index.double(), scores.double(), chosen.double()]).cpu()
-        return found[0].long().tolist(), found[1].float(), found[2].tolist()
+        results = torch.cat([index.double(), scores.double(), chosen.double()]).cpu()
+        return results[0].long().tolist(), results[1].float(), results[2].tolist()
 
     def _keep_best(self, outputs: list[list[int]], scores: Tensor, traces: list[list[float]], ended: Tensor) -> None:
         """Merge the candidates that ended among the first num_beams into the best finished hypotheses."""

@@ -1,8 +1,8 @@
-"""Who owns which block of the paged KV cache: allocation, sharing, and reuse of prefixes. Holds no tensors.
+"""The blocks of the paged KV cache: allocation, sharing and reuse of prefixes. Holds no tensors.
 
-A block is free, cached (nobody uses it, but its content may be asked for again) or used (by one sequence or several).
-A full block's content is named by a serial: (serial of the block before it, its tokens) -> serial. Tokens are compared,
-not hashes of them, so a hit is never a collision.
+A block is free, cached (unused, but findable by its content) or used (by one sequence or several). A full block has a
+content id: (content id of the block before it, its tokens) -> content id. Tokens are compared, not hashes of them, so a
+hit is never a collision.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 Key = tuple[int, tuple[int, ...]]
-ROOT = 0  # serial of the empty prefix
+ROOT = 0  # content id of the empty prefix
 
 
 class BlockPool:
@@ -22,7 +22,7 @@ class BlockPool:
         self.users = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers first, so that runs are contiguous
         self._cached: OrderedDict[int, None] = OrderedDict()  # unused blocks with known content, oldest first
-        self._by_key: dict[Key, tuple[int, int]] = {}  # content -> (block, serial)
+        self._by_key: dict[Key, tuple[int, int]] = {}  # content -> (block, content id)
         self._key_of: dict[int, Key] = {}
         self._next_content_id = ROOT + 1
 
@@ -32,7 +32,7 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     def match(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(blocks, serials) of the longest cached prefix of whole blocks, now also used by the caller.
+        """(blocks, content ids) of the longest cached prefix of whole blocks, now also used by the caller.
 
         At least the last token is left out: something must be computed to get logits.
         """
@@ -42,10 +42,10 @@ class BlockPool:
             return blocks, content_ids
         size, content_id = self.block_size, ROOT
         for start in range(0, len(tokens) - size, size):
-            found = self._by_key.get((content_id, tuple(tokens[start : start + size])))
-            if found is None:
+            entry = self._by_key.get((content_id, tuple(tokens[start : start + size])))
+            if entry is None:
                 break
-            block, content_id = found
+            block, content_id = entry
             blocks.append(block)
             content_ids.append(content_id)
         self.fork(blocks)
@@ -83,7 +83,7 @@ class BlockPool:
                     self._free.append(block)
 
     def register(self, tokens: Sequence[int], blocks: Sequence[int], content_ids: list[int], computed: int) -> None:
-        """Name the content of a sequence's blocks that are full up to `computed`; extends `serials`."""
+        """Make findable the content of a sequence's blocks that are full up to `computed`; extends `content_ids`."""
         if not self.prefix_caching:
             return
         size = self.block_size
@@ -96,7 +96,7 @@ class BlockPool:
             content_ids.append(self._by_key[key][1])
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Content of these used blocks turned out to be unusable: nobody shall find it."""
+        """Make the content of these used blocks unfindable."""
         for block in blocks:
             self._forget(block)
 

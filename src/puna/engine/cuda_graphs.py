@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puna.engine.runner import EagerRunner, PagedAttention, length_mask
+from puna.engine.eager_runner import EagerRunner
+from puna.engine.paged_attention import PagedAttention, length_mask
 from puna.engine.sequence import Batch, Chunk
 from puna.model.llama import Llama
 

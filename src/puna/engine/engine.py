@@ -1,37 +1,43 @@
-"""The engine: requests in, finished requests out, one step at a time.
+"""The engine: requests in, events out, one step at a time.
 
-A step is schedule, run, decide, apply. Under tensor parallelism every rank runs this same engine on the same requests;
-rank 0 alone takes requests and chooses tokens, and the ranks share just those.
+A step schedules a batch, runs it, decides the next tokens and applies them. Under tensor parallelism every rank runs
+this engine on the same requests; rank 0, the driver, accepts requests and decides, and broadcasts only that.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from puna.engine.beam import BeamSearch
 from puna.engine.block_pool import BlockPool
-from puna.engine.outputs import RequestOutput, TextStream, completions
+from puna.engine.decisions import Decision, decide
+from puna.engine.outputs import SequenceUpdate, StepOutput, request_output
 from puna.engine.runner import Runner
-from puna.engine.sampler import NonFiniteLogits, Row, Sampled, fork_seed, sample, token_logprobs
+from puna.engine.sampler import Sampled, fork_seed
 from puna.engine.sampling_params import SamplingParams
 from puna.engine.scheduler import Scheduler
-from puna.engine.sequence import Batch, Chunk, Request, Sequence
+from puna.engine.sequence import Batch, Request, RequestTimes, Sequence
+from puna.engine.text_stream import TextStream
 from puna.engine.validation import RequestValidator
 from puna.errors import UserError
+from puna.parallel.tp_inference import TensorParallel
 from puna.tokenizer import Tokenizer
-
-Broadcast = Callable[[Any], Any]  # rank 0's value on every rank
-GREEDY = SamplingParams()
 
 
 class Engine:
-    """Continuous batching over one runner. Nothing in it depends on what else is in the batch."""
+    """Continuous batching over one runner. A request's result does not depend on the rest of the batch.
+
+    `step` belongs to one thread at a time; `add` and `abort` may be called from any thread at any time and take effect
+    when the next step begins.
+
+    stop_ids: end tokens of the model. defaults: the checkpoint's sampling parameters, for callers to apply. seed: of
+    requests without one; None draws it from the operating system. clock: monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -41,257 +47,225 @@ class Engine:
         tokenizer: Tokenizer | None,
         *,
         stop_ids: tuple[int, ...] = (),
-        seed: int = 0,
-        share: Broadcast | None = None,
-        is_driver: bool = True,
+        defaults: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        seed: int | None = None,
+        tp: TensorParallel | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.runner, self.validator, self.tokenizer, self.stop_ids, self.seed = (
-            runner,
-            validator,
-            tokenizer,
-            stop_ids,
-            seed,
-        )
-        self.scheduler = Scheduler(pool, validator.max_batch_tokens, validator.max_num_seqs)
+        self.runner, self.validator, self.tokenizer, self.stop_ids = runner, validator, tokenizer, stop_ids
+        self.defaults = defaults
+        self.seed = secrets.randbits(64) if seed is None else seed
+        self.tp, self.is_driver, self.clock = tp, tp is None or tp.rank == 0, clock
+        self.scheduler = Scheduler(pool, validator.max_num_batched_tokens, validator.max_num_seqs)
         self.requests: dict[str, Request] = {}
         self.computed_tokens = 0
-        self._beams: dict[str, BeamSearch] = {}  # of requests with num_beams > 1, on rank 0
-        self._broadcast: Broadcast = share or (lambda value: value)
-        self.is_driver = is_driver
-        self._pending_ops: list[tuple[str, Any]] = []  # what this rank was told since the last step
-        self._count = 0
+        self._beams: dict[str, BeamSearch] = {}  # of requests with num_beams > 1, on the driver
+        self._pending_ops: deque[tuple[str, Any]] = deque()  # for the next step to begin with
+        self._numbers = count(1)  # of requests, for ids and seeds
+        self._stopped = False
+        self._out = StepOutput()  # of the step in progress; kept for the next one when it is interrupted
 
-    # What callers do
+    # Requests in
 
-    def add(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        id: str | None = None,
-        score_only: bool = False,
-        stream: bool = False,
-    ) -> str:
-        """Queue a request and give its id. Raises UserError when it can never run.
-
-        `score_only` asks for log-probabilities of the prompt and no output; `stream` keeps the text up to date.
-        """
-        self._count += 1
+    def add(self, prompt: list[int], params: SamplingParams, *, id: str | None = None) -> str:
+        """Queue a request and return its id. Raises UserError when it can never run."""
+        number = next(self._numbers)
+        max_len = self.validator.max_len(prompt, params, self.scheduler.pool)
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            raise UserError("This model has no tokenizer; use stop_token_ids and logit_bias instead of texts.")
         if id is None:
-            id = next(name for n in count(self._count) if (name := str(n)) not in self.requests)
-        if id in self.requests:
-            raise UserError(f"there is already a request {id!r}; give each its own id.")
-        max_len = self.validator.max_len(prompt, params, self.scheduler.pool, score_only=score_only)
-        seed = params.seed if params.seed is not None else fork_seed(self.seed, self._count)
-        stop_ids = () if params.ignore_eos else self.stop_ids
-        sequence = Sequence(list(prompt), len(prompt), max_len, seed)
-        request = Request(id, list(prompt), params, (*stop_ids, *params.stop_token_ids), [sequence], score_only)
-        request.keeps_text = stream or bool(params.stop)
-        if request.keeps_text and self.tokenizer is None:
-            raise UserError("this model has no tokenizer, so there is no text to stream or to stop at.")
-        if stream and request.has_beams:
-            raise UserError("beam search chooses at the end and cannot stream; use generate, or num_beams = 1.")
+            id = next(name for n in count(number) if (name := str(n)) not in self.requests)
+        seed = params.seed if params.seed is not None else fork_seed(self.seed, number)
+        request = Request(
+            id,
+            list(prompt),
+            params,
+            stop_ids=(*(() if params.ignore_eos else self.stop_ids), *params.stop_token_ids),
+            sequences=[Sequence(list(prompt), len(prompt), max_len, seed)],
+            times=RequestTimes(self.clock()),
+            bad_words=self._word_ids(params.bad_words),
+        )
+        if self.requests.setdefault(id, request) is not request:
+            raise UserError(f"There is already a request {id!r}; give each its own id.")
         if request.has_beams:
-            self._beams[id] = BeamSearch(len(prompt), params, request.stop_ids, max_len, seed)
-        self.requests[id] = request
+            self._beams[id] = BeamSearch(len(prompt), params, request.stop_ids, max_len, seed, request.bad_words)
         self._pending_ops.append(("add", request))
         return id
 
     def abort(self, id: str) -> None:
-        """Drop a request; unknown and finished ones are ignored."""
+        """End a request early; the next step returns what it has. Unknown and finished ones are ignored."""
         if id in self.requests:
             self._pending_ops.append(("abort", id))
 
     @property
     def busy(self) -> int:
-        """Requests that have not finished."""
+        """Requests whose output no step has returned yet."""
         return len(self.requests)
 
-    def step(self) -> list[RequestOutput]:
-        """Compute the next batch; gives the requests that ended with it."""
-        told = self._broadcast(self._pending_ops)
-        self._pending_ops = []
-        done = [out for op, value in told if (out := self._take(op, value))]
-        batch = self.scheduler.schedule()
-        if not batch.chunks:
-            return done
+    def _word_ids(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Each word's tokens, as it stands at the beginning of a text and behind a space."""
+        if not words or self.tokenizer is None:
+            return ()
+        spellings = [text for word in words for text in (word, " " + word.lstrip(" "))]
+        encoded = [tuple(self.tokenizer.encode(text, bos=False, special=False)) for text in spellings]
+        return tuple(dict.fromkeys(ids for ids in encoded if ids))
+
+    # Steps
+
+    def step(self) -> StepOutput:
+        """Compute the next batch. Returns an update for each sequence that moved, and the requests that finished."""
+        if self._stopped:
+            raise UserError("The other ranks were released; start the script again.")
+        ops = []
+        while self._pending_ops:  # emptied entry by entry, since other threads may append meanwhile
+            ops.append(self._pending_ops.popleft())
         try:
-            logits = self.runner.run(batch)
-            self.scheduler.update(batch)
-            decisions = list(self._decide(batch, logits)) if self.is_driver else None
-        except BaseException:  # Ctrl-C, or no memory: what was scheduled is not done, and may be done again
-            self.scheduler.preempt_all()
+            for op, value in self._broadcast(ops):
+                self._apply_op(op, value)
+            batch = self.scheduler.schedule()
+            if batch.chunks:
+                decisions = self._broadcast(self._run(batch))
+                self.computed_tokens += batch.num_tokens
+                now = self.clock()
+                for what, id, index, value in decisions:
+                    self._apply(what, id, index, value, now)
+        except StopIteration:
             raise
-        self.computed_tokens += batch.num_tokens
-        for decision in self._broadcast(decisions):
-            self._apply(*decision)
-        stepped = {chunk.request.id: chunk.request for chunk in batch.chunks}
-        return done + [self._finish(request) for request in stepped.values() if self._over(request)]
+        except BaseException:
+            if self.tp is not None:
+                self.tp.broken = True  # the ranks no longer agree on what comes next
+            raise
+        for request in {chunk.request.id: chunk.request for chunk in batch.chunks}.values():
+            if self._is_over(request):
+                self._finish(request)
+        out, self._out = self._out, StepOutput()
+        return out
 
     def stop(self) -> None:
-        """Let the other ranks leave `follow`."""
-        self._broadcast([*self._pending_ops, ("stop", None)])
+        """Release the other ranks from `run_worker`; nothing to do without any."""
+        if self.tp is not None and not self.tp.broken and not self._stopped:
+            self._broadcast([*self._pending_ops, ("stop", None)])
+            self._stopped = True
 
     def run_worker(self) -> None:
-        """What the other ranks do: step along with rank 0 until it stops."""
+        """What the other ranks do: step along with the driver until it stops."""
         try:
             while True:
                 self.step()
         except StopIteration:
             return
 
-    # Requests in
+    def _run(self, batch: Batch) -> list[Decision] | None:
+        """Compute a batch and decide what follows, on the driver."""
+        now = self.clock()
+        for chunk in batch.chunks:
+            if chunk.request.times.scheduled is None:
+                chunk.request.times.scheduled = now
+        try:
+            logits = self.runner.run(batch)
+            self.scheduler.update(batch)
+            return list(decide(batch, logits, self._beams)) if self.is_driver else None
+        except BaseException:  # Ctrl-C, or out of memory: nothing of the batch counts, and all of it is computed again
+            self.scheduler.preempt_all()
+            raise
 
-    def _take(self, op: str, value: Any) -> RequestOutput | None:
+    def _broadcast(self, value: Any) -> Any:
+        """The driver's value on every rank."""
+        return value if self.tp is None else self.tp.broadcast_object(value)
+
+    def _apply_op(self, op: str, value: Any) -> None:
         if op == "stop":
             raise StopIteration
         if op == "add":
             self.requests[value.id] = value
             self.scheduler.add(value)
-        elif value in self.requests:  # it may have ended since
+        elif value in self.requests:  # it may have finished since
             request = self.requests[value]
+            request.aborted = True
             for seq in request.sequences:
                 seq.finish_reason = "abort"
+                if not request.score_only and not request.has_beams:
+                    update = SequenceUpdate(request.id, seq.index, [], self._end_text(seq), None, "abort")
+                    self._out.updates.append(update)
             request.finished += request.sequences
-            return self._finish(request)
-        return None
-
-    # Logits to decisions, on rank 0
-
-    def _decide(self, batch: Batch, logits: Tensor) -> Iterator[tuple[str, str, int, Any]]:
-        """(what, request id, sequence index, value): all that the step chose, in an order that every rank applies."""
-        rows: list[Row] = []
-        at: list[int] = []  # row of the logits for each of `rows`
-        owners: list[tuple[Request, int | None]] = []  # and the index of the sequence that gets the token, if any
-        beams: dict[str, list[int]] = {}
-        row = 0
-        for chunk in batch.chunks:
-            request, seq = chunk.request, chunk.sequence
-            first, row = row, row + len(chunk.logit_rows)
-            if request.wants_prompt:
-                yield self._prompt(chunk, logits[first:row])
-            if chunk.samples and request.has_beams:
-                beams.setdefault(request.id, []).append(row - 1)
-                continue
-            if not chunk.samples:  # looked at all the same: keys and values that are not numbers must not stay
-                rows.append(Row(GREEDY, 0, 0))
-                at.append(row - 1)
-                owners.append((request, None))
-                continue
-            # Only rows whose logits depend on their tokens pay for the copies.
-            prompt, output = (seq.tokens[: seq.prompt_len], seq.output) if request.params.adjusts else ((), ())
-            for index in range(request.params.n if self._unforked(request) else 1):
-                seed = fork_seed(seq.seed, index)
-                rows.append(Row(request.params, seed, len(seq.tokens), prompt, output, request.stop_ids))
-                at.append(row - 1)
-                owners.append((request, request.sequences.index(seq)))
-        if rows:
-            plain = at == list(range(len(logits)))
-            yield from self._tokens(logits if plain else logits[at], rows, owners)
-        for id, where in beams.items():
-            request = self.requests[id]
-            try:
-                picks = self._beams[id].advance(logits[where], [seq.tokens for seq in request.sequences])
-                yield "beams", id, 0, picks
-            except NonFiniteLogits as error:
-                yield "error", id, 0, str(error)
-
-    def _tokens(
-        self, logits: Tensor, rows: list[Row], owners: list[tuple[Request, int | None]]
-    ) -> Iterator[tuple[str, str, int, Any]]:
-        """Sample; requests whose logits are unusable fail alone."""
-        try:
-            sampled = sample(logits, rows)
-        except NonFiniteLogits as error:
-            failed = {owners[i][0].id for i in error.rows}
-            for id in failed:
-                yield "error", id, 0, str(error)
-            good = [i for i, (request, _) in enumerate(owners) if request.id not in failed]
-            if good:
-                yield from self._tokens(logits[good], [rows[i] for i in good], [owners[i] for i in good])
-            return
-        grouped: dict[tuple[str, int], list[Sampled]] = {}
-        for (request, index), result in zip(owners, sampled, strict=True):
-            if index is not None:
-                grouped.setdefault((request.id, index), []).append(result)
-        for (id, index), results in grouped.items():
-            yield "tokens", id, index, results
-
-    def _prompt(self, chunk: Chunk, logits: Tensor) -> tuple[str, str, int, Any]:
-        """Log-probabilities of the prompt tokens that this chunk's logits predict, but for those known already."""
-        request = chunk.request
-        first, known = chunk.start + chunk.logit_rows.start, len(request.prompt_logprobs)
-        targets = request.prompt[known + 1 : first + len(logits) + 1]
-        logits = logits[: len(targets)]
-        top = min(request.params.prompt_logprobs or 0, self.validator.vocab_size)
-        chosen, ids, levels = token_logprobs(logits, torch.tensor(targets, device=logits.device), top)
-        entries = [
-            (token, level, list(zip(i, v, strict=True)))
-            for token, level, i, v in zip(targets, chosen.tolist(), ids.tolist(), levels.tolist(), strict=True)
-        ]
-        if any(math.isnan(level) for _, level, _ in entries):
-            return "error", request.id, 0, str(NonFiniteLogits([]))
-        return "prompt", request.id, 0, entries
-
-    @staticmethod
-    def _unforked(request: Request) -> bool:
-        """Its one sequence has computed the prompt, and the others of n > 1 are still to branch off."""
-        return request.params.n > len(request.sequences) + len(request.finished)
+            self._finish(request)
 
     # Decisions to sequences, on every rank
 
-    def _apply(self, what: str, id: str, index: int, value: Any) -> None:
+    def _apply(self, what: str, id: str, index: int, value: Any, now: float) -> None:
         request = self.requests[id]
         if what == "error":
             request.error = value
         elif what == "prompt":
             request.prompt_logprobs += value
-        elif what == "beams":
-            self._grow_beams(request, value)
-        elif self._unforked(request):
-            self.scheduler.branch(request, [0] * len(value))
-            for number, (seq, result) in enumerate(zip(request.sequences, value, strict=True)):
-                seq.seed = fork_seed(seq.seed, number)
-                self._append(request, seq, result)
         else:
-            self._append(request, request.sequences[index], value[0])
+            request.times.last_token = now
+            if request.times.first_token is None:
+                request.times.first_token = now
+            if what == "beams":
+                self._grow_beams(request, value)
+            elif request.unforked:
+                self.scheduler.branch(request, [0] * len(value))
+                for fork, (seq, result) in enumerate(zip(request.sequences, value, strict=True)):
+                    seq.seed = fork_seed(seq.seed, fork)
+                    self._out.updates.append(self._append(request, seq, result))
+            else:
+                self._out.updates.append(self._append(request, request.sequences[index], value[0]))
 
     def _grow_beams(self, request: Request, picks: list[tuple[int, int]]) -> None:
-        """Each pick continues a parent by a token; none when the search is over."""
+        """Each pick continues a parent by a token; no picks end the search."""
         if not picks:
             for seq in request.sequences:
-                seq.finish_reason = "length"  # which of them count, and why they ended, the search knows
+                seq.finish_reason = "length"  # which of them count, and why they ended, is the search's result
             return
         self.scheduler.branch(request, [parent for parent, _ in picks])
         for seq, (_, token) in zip(request.sequences, picks, strict=True):
             seq.tokens.append(token)
 
-    def _append(self, request: Request, seq: Sequence, result: Sampled) -> None:
-        token = result.token
+    def _append(self, request: Request, seq: Sequence, result: Sampled) -> SequenceUpdate:
+        params, token = request.params, result.token
         seq.tokens.append(token)
+        logprobs = None
         if result.logprob is not None:
-            seq.logprobs.append((token, result.logprob, result.top or []))
+            logprobs = [(token, result.logprob, result.top or [])]
+            seq.logprobs += logprobs
             seq.cumulative_logprob += result.logprob
-        if request.keeps_text and seq.text is None:
-            seq.text = self._text_stream(request.params)
-        if token in request.stop_ids:
+        text, stop = "", None
+        if token in request.stop_ids:  # an end token is not text, even one that is not special
             seq.finish_reason, seq.stop_reason = "stop", token
-        elif seq.text is not None:
-            early = len(seq.tokens) - seq.prompt_len <= request.params.min_tokens
-            if found := seq.text.push(token, stops=not early):
-                seq.finish_reason, seq.stop_reason = "stop", found
-        if seq.finish_reason is None and len(seq.tokens) >= seq.max_len:
-            seq.finish_reason = "length"
+        elif self.tokenizer is not None:
+            if seq.stream is None:
+                seq.stream = self._text_stream(request)
+            early = len(seq.tokens) - seq.prompt_len <= params.min_tokens
+            text, stop = seq.stream.push(token, stops=not early)
+            seq.texts.append(text)
+        if stop is not None:
+            seq.finish_reason, seq.stop_reason = "stop", stop
+        elif seq.finish_reason is not None or len(seq.tokens) >= seq.max_len:
+            seq.finish_reason = seq.finish_reason or "length"
+            text += self._end_text(seq)
+        return SequenceUpdate(request.id, seq.index, [token], text, logprobs, seq.finish_reason, seq.stop_reason)
 
-    def _text_stream(self, params: SamplingParams) -> TextStream:
-        assert self.tokenizer is not None, "add() has refused this"
-        stream = self.tokenizer.stream(skip_special=params.skip_special_tokens)
-        return TextStream(stream, params.stop, include_stop=params.include_stop)
+    def _text_stream(self, request: Request) -> TextStream:
+        assert self.tokenizer is not None
+        params = request.params
+        detokenizer = self.tokenizer.stream(skip_special=params.skip_special_tokens, after=request.prompt)
+        return TextStream(detokenizer, params.stop, include_stop=params.include_stop_str_in_output)
+
+    def _end_text(self, seq: Sequence) -> str:
+        """The text that a sequence held back; it may complete a stop string after all."""
+        if seq.stream is None:
+            return ""
+        text, stop = seq.stream.end()
+        seq.texts.append(text)
+        if stop is not None and seq.finish_reason == "length":
+            seq.finish_reason, seq.stop_reason = "stop", stop
+        return text
 
     # Requests out
 
-    def _over(self, request: Request) -> bool:
-        """Give the blocks of ended sequences back; whether the whole request has ended."""
+    def _is_over(self, request: Request) -> bool:
+        """Release the sequences that have ended. Returns whether the whole request has."""
         if request.error is not None:
             return True
         if request.score_only:
@@ -302,19 +276,13 @@ class Engine:
             request.finished.append(seq)
         return not request.sequences
 
-    def _finish(self, request: Request) -> RequestOutput:
+    def _finish(self, request: Request) -> None:
         if request.error is not None:
-            # Its keys and values are not numbers; blocks that it alone holds must not reach others like that.
+            # Its keys and values are not finite; blocks that it alone holds must not reach others like that.
             users = self.scheduler.pool.users
             own = {block for seq in request.sequences for block in seq.blocks if users[block] == 1}
             self.scheduler.pool.forget(own)
             self.runner.clear(own)
         self.scheduler.remove(request)
         del self.requests[request.id]
-        search = self._beams.pop(request.id, None)
-        out = RequestOutput(request.id, request.prompt, error=request.error)
-        if request.score_only or request.params.prompt_logprobs is not None:
-            out.prompt_logprobs = request.prompt_logprobs
-        if request.error is None and not request.score_only:
-            out.outputs = completions(request, self.tokenizer, search)
-        return out
+        self._out.finished.append(request_output(request, self.tokenizer, self._beams.pop(request.id, None)))

@@ -1,17 +1,19 @@
-"""How many blocks the KV cache gets: what was asked for, or what the free memory holds."""
+"""The KV cache as tensors: how many blocks fit the free memory, its shape, and its allocation."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from puna.engine.runner import cache_shape
 from puna.errors import UserError
-from puna.model.llama import Llama
+from puna.model.llama import Attention, Llama
 from puna.parallel.memory import free_bytes
 from puna.parallel.tp_inference import TensorParallel
 
-GPU_SHARE = 0.85  # of the free memory once the weights are there; the rest is for activations and graphs
-CPU_SHARE = 0.5  # of the available memory: others live there too. Pages are only taken when they are used
+BLOCK_SIZE = 16  # positions; large enough for copies to run at memory speed, small enough to share short prefixes
+GPU_FRACTION = 0.85  # of the memory that is free after loading; the rest is for activations and CUDA graphs
+CPU_FRACTION = 0.5  # of the available memory, which other processes need too; pages are only taken when used
 
 
 def cache_blocks(
@@ -24,23 +26,44 @@ def cache_blocks(
 ) -> int:
     """Blocks of `block_size` positions; the same on every rank.
 
-    `tokens` asks for that many positions. Else as many as fit, but no more than `max_sequences` of the longest could
-    use. Raises UserError when not even one block fits.
+    `tokens` asks for that many positions. Otherwise as many as fit the free memory, but no more than `max_sequences` of
+    the greatest length could use. Raises UserError when not even one block fits.
     """
     if tokens is not None:
         if tokens < block_size:
-            raise UserError(f"a cache of {tokens} tokens is less than one block of {block_size}; raise --kv-tokens.")
+            raise UserError(
+                f"A KV cache of {tokens} tokens is smaller than one block of {block_size}; raise kv_cache_tokens."
+            )
         return tokens // block_size
     weight = model.embed_tokens.weight
-    block_bytes = torch.Size(cache_shape(model, 1, block_size)).numel() * weight.dtype.itemsize
+    block_bytes = block_size * model.config.kv_bytes_per_token(weight.dtype.itemsize, _kv_heads(model))
     blocks = cache_bytes(weight.device) // block_bytes
     if tp is not None:
         blocks = tp.all_reduce_min(blocks)
     if blocks < 1:
-        raise UserError("no memory is left for the KV cache; use a smaller dtype, more ranks or another device.")
+        raise UserError("No memory is left for the KV cache; use a smaller dtype, more ranks or another device.")
     return min(blocks, max_sequences * -(-max_model_len // block_size))
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes that the cache may take on a device."""
-    return int(free_bytes(device) * (GPU_SHARE if device.type == "cuda" else CPU_SHARE))
+    """Bytes that the KV cache may take on a device."""
+    return int(free_bytes(device) * (GPU_FRACTION if device.type == "cuda" else CPU_FRACTION))
+
+
+def allocate(model: Llama, num_blocks: int, block_size: int) -> Tensor:
+    """The cache [layers, 2, kv_heads of this rank, blocks, block_size, head_dim], filled with zeros.
+
+    Zeros, because masked scores must be finite. On the CPU they take memory page by page as they are written to;
+    torch.zeros would write to all of them, which for many gigabytes takes seconds.
+    """
+    config, weight = model.config, model.embed_tokens.weight
+    shape = (config.num_hidden_layers, 2, _kv_heads(model), num_blocks, block_size, config.head_dim)
+    if weight.device.type != "cpu":
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+    size = torch.Size(shape).numel() * weight.dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(weight.dtype).view(shape)
+
+
+def _kv_heads(model: Llama) -> int:
+    """Key/value heads of this rank."""
+    return next(module.kv_heads for module in model.modules() if isinstance(module, Attention))

@@ -54,6 +54,7 @@ class Row:
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
     stop_ids: Sequence[int] = ()  # banned until the output has `min_tokens` tokens
+    bad_words: Sequence[tuple[int, ...]] = ()  # token sequences whose last token is banned behind the others
 
 
 class Sampled(NamedTuple):
@@ -113,9 +114,10 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, T
 def process(logits: Tensor, rows: Sequence[Row], keep: int = 1) -> Tensor:
     """The processed logits [R, vocab], -inf where a token cannot be drawn; greedy rows skip temperature and filters.
 
-    transformers' processors in transformers' order: bias, repetition penalty, (presence and frequency), minimum length,
-    temperature, top-k, top-p, min-p, typical-p. `keep` is their min_tokens_to_keep. One difference: logits equal to the
-    last one inside the top-p nucleus stay, where transformers keeps as many of them as its sort happens to put first.
+    transformers' processors in transformers' order: bias, repetition penalty, (presence and frequency), repeated
+    n-grams, bad words, minimum length, temperature, top-k, top-p, min-p, typical-p. `keep` is their min_tokens_to_keep.
+    One difference: logits equal to the last one inside the top-p nucleus stay, where transformers keeps as many of them
+    as its sort happens to put first.
     """
     scores = _wide(_adjust(logits, rows))
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
@@ -166,7 +168,7 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Bias, penalties and minimum length; `logits` itself when no row asks for any."""
+    """Bias, penalties, bans and minimum length; `logits` itself when no row asks for any."""
     asking = [(i, row, row.params) for i, row in enumerate(rows) if row.params.adjusts]
     if not asking:
         return logits
@@ -196,10 +198,24 @@ def _adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         for token, count in Counter(row.output).items()
     )
     flat[where] -= penalty
-    early = [(i, row) for i, row, p in asking if len(row.output) < p.min_tokens]
-    where, banned = at((i, token, -math.inf) for i, row in early for token in {*row.stop_ids} if token < vocab)
+    where, banned = at((i, token, -math.inf) for i, row, _ in asking for token in _banned(row) if token < vocab)
     flat[where] = banned
     return x
+
+
+def _banned(row: Row) -> set[int]:
+    """The tokens that would repeat an n-gram, complete a bad word or end the text too early."""
+    banned = {*row.stop_ids} if len(row.output) < row.params.min_tokens else set()
+    size = row.params.no_repeat_ngram_size
+    if size or row.bad_words:
+        tokens = [*row.prompt, *row.output]
+        if size and len(tokens) >= size:
+            last = tokens[len(tokens) - size + 1 :]
+            banned |= {tokens[i] for i in range(size - 1, len(tokens)) if tokens[i - size + 1 : i] == last}
+        for *before, token in row.bad_words:
+            if tokens[len(tokens) - len(before) :] == before:
+                banned.add(token)
+    return banned
 
 
 def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:

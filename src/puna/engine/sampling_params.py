@@ -1,4 +1,4 @@
-"""What one request asks of generation, checked once so that nothing behind it needs to check again."""
+"""Sampling parameters of one request, checked once on construction. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from typing import Any
 
 from puna.errors import UserError, nearest
 
-# name -> (whole number?, lowest, highest, is the lowest itself excluded?)
+# Bounds of what one request may cost, far beyond ordinary use.
+MAX_LOGPROBS = 1024  # alternatives for each token
+MAX_STRINGS, MAX_STRING = 1024, 1024  # stop strings or bad words, and characters in one
+MAX_TOKEN_IDS = 1024  # stop_token_ids and entries of logit_bias
+
+# name -> (integer?, lowest, highest, is the lowest itself excluded?)
 _RANGES: dict[str, tuple[bool, float, float, bool]] = {
-    "max_tokens": (True, 1, math.inf, False),
+    "max_tokens": (True, 0, math.inf, False),
     "min_tokens": (True, 0, math.inf, False),
     "n": (True, 1, math.inf, False),
     "temperature": (False, 0, math.inf, False),
@@ -20,16 +25,17 @@ _RANGES: dict[str, tuple[bool, float, float, bool]] = {
     "top_p": (False, 0, 1, True),
     "min_p": (False, 0, 1, False),
     "typical_p": (False, 0, 1, True),
-    "repetition_penalty": (False, 0, math.inf, True),
+    "repetition_penalty": (False, 0, 100, True),
+    "no_repeat_ngram_size": (True, 0, math.inf, False),
     "presence_penalty": (False, -2, 2, False),
     "frequency_penalty": (False, -2, 2, False),
     "seed": (True, 0, 2**64 - 1, False),
-    "logprobs": (True, 0, math.inf, False),
-    "prompt_logprobs": (True, 0, math.inf, False),
+    "logprobs": (True, 0, MAX_LOGPROBS, False),
+    "prompt_logprobs": (True, 0, MAX_LOGPROBS, False),
     "num_beams": (True, 1, 128, False),  # torch draws from at most 2**24 candidates: beams * vocabulary
     "length_penalty": (False, -10, 10, False),  # a length to a higher power overflows
 }
-_FLAGS = ("ignore_eos", "include_stop", "skip_special_tokens")
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 
 # generation_config.json (transformers) -> SamplingParams, where the names differ
 _HF_NAMES = {
@@ -45,6 +51,7 @@ _HF_SAME = (
     "min_p",
     "typical_p",
     "repetition_penalty",
+    "no_repeat_ngram_size",
     "num_beams",
     "length_penalty",
     "early_stopping",
@@ -58,8 +65,8 @@ class SamplingParams:
     Raises UserError for a value out of its range and for values that contradict each other.
     """
 
-    max_tokens: int | None = None  # new tokens; None = up to the context
-    min_tokens: int = 0  # before so many, end tokens are banned and stop strings overlooked
+    max_tokens: int | None = None  # new tokens; None = up to the context; 0 with prompt_logprobs scores the prompt only
+    min_tokens: int = 0  # before this many, end tokens are banned and stop strings do not count
     n: int = 1  # completions of the prompt
     temperature: float = 0.0  # 0 = greedy
     top_k: int = 0  # 0 (or -1) = off
@@ -69,13 +76,15 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # over prompt and output, CTRL (arXiv:1909.05858)
     presence_penalty: float = 0.0  # over the output, as in the OpenAI API
     frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0  # no sequence of this many tokens twice in prompt and output; 0 = off
+    bad_words: tuple[str, ...] = ()  # texts that are never completed
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    include_stop: bool = False  # keep the stop string in the text
-    logprobs: int | None = None  # alternatives per output token; 0 = only the chosen token's
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None  # alternatives per output token; 0 = the chosen token's only
     prompt_logprobs: int | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -91,12 +100,11 @@ class SamplingParams:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}.")
-        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise UserError(f"stop must be a string or a list of non-empty strings, not {list(self.stop)!r}.")
-        set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        for name in ("stop", "bad_words"):
+            set_(self, name, _strings(name, getattr(self, name)))
+        set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, MAX_TOKEN_IDS))
         if not all(_is_int(t) and t >= 0 for t in self.stop_token_ids):
-            raise UserError(f"stop_token_ids must be token ids, not {list(self.stop_token_ids)!r}.")
+            raise UserError(f"stop_token_ids must be token ids, not {list(self.stop_token_ids)!r:.100}.")
         if self.logit_bias is not None:
             set_(self, "logit_bias", _bias(self.logit_bias))
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
@@ -106,16 +114,16 @@ class SamplingParams:
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it.")
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise UserError("With max_tokens 0 nothing is generated; set prompt_logprobs to score the prompt.")
         if self.num_beams == 1:
-            if self.n > 1 and self.greedy:
-                raise UserError(f"n = {self.n} greedy completions would all be the same; set temperature or num_beams.")
             return
         if self.n > self.num_beams:
             raise UserError(f"n = {self.n} is more than num_beams = {self.num_beams}; raise num_beams.")
         if self.stop:
-            raise UserError("stop strings don't work with beam search; use stop_token_ids, or num_beams = 1.")
+            raise UserError("Stop strings don't work with beam search; use stop_token_ids, or num_beams = 1.")
         if self.logprobs:
-            raise UserError("beam search reports the chosen tokens only; set logprobs to 0, or num_beams to 1.")
+            raise UserError("Beam search reports the chosen tokens only; set logprobs to 0, or num_beams to 1.")
 
     @cached_property
     def greedy(self) -> bool:
@@ -124,26 +132,26 @@ class SamplingParams:
 
     @cached_property
     def adjusts(self) -> bool:
-        """True when bias, penalties or a minimum length may change the logits before any filter."""
-        return bool(self.logit_bias or self.min_tokens) or (
+        """True when bias, penalties, bans or a minimum length may change the logits before any filter."""
+        return bool(self.logit_bias or self.min_tokens or self.no_repeat_ngram_size or self.bad_words) or (
             (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
         )
 
     def merged(self, over: Mapping[str, Any]) -> SamplingParams:
-        """A copy with the values of `over`, for which None means "not given"; an unknown name is a UserError."""
+        """A copy with the values of `over`; None means "not given". Raises UserError for an unknown name."""
         known = [f.name for f in fields(self)]
         for name in over:
             if name not in known:
-                raise UserError(f"there is no sampling option {name!r}{nearest(name, known)}")
+                raise UserError(f"There is no sampling option {name!r}{nearest(name, known)}.")
         return replace(self, **{name: value for name, value in over.items() if value is not None})
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any], **over: Any) -> SamplingParams:
         """The defaults that a checkpoint's generation_config.json asks for, with `over` on top.
 
-        `do_sample` false or absent means greedy whatever the temperature, as in transformers. A filter that the file
-        doesn't name is off (transformers would still cut at top_k = 50, vLLM would not). `max_length` is left out: it
-        counts the prompt, and files carry the context length there. End tokens belong to the tokenizer.
+        As in transformers, `do_sample` false or absent means greedy decoding whatever the temperature. A filter that
+        the file does not name is off (transformers would still apply top_k = 50, vLLM would not). `max_length` is
+        ignored: it counts the prompt, and files hold the context length there. End tokens belong to the tokenizer.
         """
         given = {_HF_NAMES.get(name, name): config.get(name) for name in (*_HF_NAMES, *_HF_SAME)}
         if not config.get("do_sample"):
@@ -172,13 +180,25 @@ def _check_range(name: str, value: Any, whole: bool, low: float, high: float, op
         return
     bounds = "" if math.isinf(low) else f" {'above' if open_low else 'of at least'} {low}"
     bounds += "" if math.isinf(high) else f"{' and' if bounds else ''} at most {high}"
-    raise UserError(f"{name} must be a {'whole ' if whole else ''}number{bounds}, not {value!r}.")
+    raise UserError(f"{name} must be {'an integer' if whole else 'a number'}{bounds}, not {value!r:.60}.")
 
 
-def _tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, (list, tuple)):
-        return tuple(value)
-    raise UserError(f"{name} must be a list, not {value!r}.")
+def _tuple(name: str, value: Any, most: int) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{name} must be a list, not {value!r:.60}.")
+    if len(value) > most:
+        raise UserError(f"{name} takes at most {most} entries, not {len(value)}.")
+    return tuple(value)
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    """A string or a list of strings as a tuple."""
+    strings = (value,) if isinstance(value, str) else _tuple(name, value, MAX_STRINGS)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise UserError(f"{name} must be a string or a list of non-empty strings, not {list(strings)!r:.100}.")
+    if any(len(text) > MAX_STRING for text in strings):
+        raise UserError(f"{name} takes strings of at most {MAX_STRING} characters.")
+    return strings
 
 
 def _bias(value: Any) -> dict[int, float]:
@@ -186,7 +206,9 @@ def _bias(value: Any) -> dict[int, float]:
     try:
         bias = {int(token): float(amount) for token, amount in value.items()}
     except (AttributeError, TypeError, ValueError):
-        raise UserError(f"logit_bias must map token ids to numbers, not {value!r}.") from None
-    if any(token < 0 for token in bias) or not all(math.isfinite(amount) for amount in bias.values()):
-        raise UserError(f"logit_bias must map token ids to finite numbers, not {value!r}.")
+        raise UserError(f"logit_bias must map token ids to numbers, not {value!r:.100}.") from None
+    if len(bias) > MAX_TOKEN_IDS:
+        raise UserError(f"logit_bias takes at most {MAX_TOKEN_IDS} entries, not {len(bias)}.")
+    if any(token < 0 for token in bias) or not all(-100 <= amount <= 100 for amount in bias.values()):
+        raise UserError(f"logit_bias must map token ids to numbers from -100 to 100, not {value!r:.100}.")
     return bias

@@ -1,7 +1,8 @@
-"""Which tokens are computed in the next step. There are no phases: every sequence has pending tokens under one budget.
+"""The scheduler: which tokens the next step computes. There are no phases; all pending tokens share one budget.
 
-Running requests come first, oldest first; then waiting ones are let in. When the cache is full the newest running
-request gives its blocks back and waits at the front; its tokens are computed again later, so nothing but time is lost.
+Running requests come first, oldest first; then waiting ones are admitted. When the cache is full, the newest running
+request is preempted: its blocks are freed and it waits at the front. Its tokens are computed again later, so that
+nothing but time is lost.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ PROMPT_LOGIT_ROWS = 256  # positions a step of a request that wants log-probabil
 
 
 class Scheduler:
-    """First come, first served. `max_tokens` are computed a step, of at most `max_sequences` sequences."""
+    """First come, first served, with at most `max_tokens` tokens and `max_sequences` sequences a step."""
 
     def __init__(self, pool: BlockPool, max_tokens: int, max_sequences: int) -> None:
         self.pool, self.max_tokens, self.max_sequences = pool, max_tokens, max_sequences
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
-        self.hit_tokens = 0  # that were found in the cache
+        self.hit_tokens = 0  # found in the cache
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
 
     def add(self, request: Request) -> None:
-        """The caller has made sure that it fits the cache when alone."""
+        """Queue a request. The caller has checked that it fits the cache when alone."""
         self.waiting.append(request)
 
     def schedule(self) -> Batch:
-        """The next step; an empty batch only when there is no request."""
+        """The batch of the next step; empty only without requests."""
         batch = Batch()
         i = 0
         while i < len(self.running):
@@ -51,14 +52,14 @@ class Scheduler:
         return batch
 
     def update(self, batch: Batch) -> None:
-        """The batch was computed: count it, and let full blocks be found by others."""
+        """Count the computed tokens of a batch and make its full blocks available to other requests."""
         for chunk in batch.chunks:
             seq = chunk.sequence
             seq.computed = chunk.start + chunk.count
             self.pool.register(seq.tokens, seq.blocks, seq.content_ids, seq.computed)
 
     def preempt_all(self) -> None:
-        """Let everything be computed anew."""
+        """Return all running requests to the queue, to be computed again."""
         while self.running:
             self._preempt()
 
@@ -79,6 +80,7 @@ class Scheduler:
                     blocks=list(seq.blocks),
                     content_ids=list(seq.content_ids),
                     logprobs=list(seq.logprobs),
+                    texts=list(seq.texts),
                 )
             new.append(seq)
         for parent, seq in enumerate(old):
@@ -87,12 +89,12 @@ class Scheduler:
         request.sequences = new
 
     def release(self, sequence: Sequence) -> None:
-        """Give a sequence's blocks back."""
+        """Free a sequence's blocks."""
         self.pool.free(sequence.blocks)
         sequence.blocks, sequence.content_ids, sequence.computed = [], [], 0
 
     def remove(self, request: Request) -> None:
-        """The request has ended, one way or another."""
+        """Forget a request that has ended."""
         self._release(request)
         if request in self.running:
             self.running.remove(request)
@@ -110,7 +112,7 @@ class Scheduler:
         assert not any(seq.blocks for seq in waiting), "a waiting request has blocks"
 
     def _preempt(self) -> None:
-        """Take the newest running request's blocks away."""
+        """Preempt the newest running request."""
         victim = self.running.pop()
         self._release(victim)
         self.waiting.appendleft(victim)
@@ -121,9 +123,9 @@ class Scheduler:
             self.release(seq)
 
     def _admit(self, request: Request, batch: Batch) -> bool:
-        """Look for cached prefixes, then place what fits, provided that the whole of it could be held now."""
+        """Match cached prefixes, then add what fits the budget, provided that the cache could hold all of it now."""
         for seq in request.sequences:
-            if not request.wants_prompt:  # whose logits have to be made anew
+            if not request.wants_prompt:  # which needs the logits of all positions
                 seq.blocks, seq.content_ids = self.pool.match(seq.tokens)
                 seq.computed = len(seq.blocks) * self.pool.block_size
         needed = sum(-(-len(seq.tokens) // self.pool.block_size) - len(seq.blocks) for seq in request.sequences)
@@ -132,10 +134,12 @@ class Scheduler:
             self._release(request)
             return False
         self.hit_tokens += hits
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = hits
         return True
 
     def _place(self, request: Request, batch: Batch) -> bool:
-        """Add the request's chunks, as the budget allows. False, and nothing happens, when blocks are short."""
+        """Add the request's chunks within the budget. False, and no change, without enough blocks."""
         pool, size = self.pool, self.pool.block_size
         plan: list[tuple[Sequence, int, bool, int]] = []  # sequence, tokens, needs its own copy of its tail, new blocks
         users: dict[int, int] = {}

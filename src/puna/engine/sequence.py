@@ -1,4 +1,4 @@
-"""What the engine keeps of a request: plain Python data, so that thousands of schedules can be tested without torch."""
+"""A request, its sequences and a step's batch: plain Python data, so that schedules are tested without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from puna.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from puna.engine.outputs import TextStream
+    from puna.engine.text_stream import TextStream
 
 Logprob = tuple[int, float, list[tuple[int, float]]]  # token id, its log-probability, the likeliest (id, logprob)
 
@@ -17,8 +17,8 @@ Logprob = tuple[int, float, list[tuple[int, float]]]  # token id, its log-probab
 class Sequence:
     """One continuation of a request's prompt.
 
-    `computed` chases `len(tokens)`: it counts the positions whose keys and values are in the cache. Prefill, a chunk of
-    it, and decode are the same case, with more or fewer tokens pending.
+    `computed` counts the positions whose keys and values are in the cache. Prefill, a chunk of it, and decode are the
+    same case, with more or fewer tokens pending.
     """
 
     tokens: list[int]  # prompt and output
@@ -33,16 +33,27 @@ class Sequence:
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    text: TextStream | None = None  # of the output, where the request keeps one
+    stream: TextStream | None = None  # makes text of the output; None without a tokenizer and before the first token
+    texts: list[str] = field(default_factory=list)  # what it made so far
 
     @property
     def pending(self) -> int:
-        """Tokens not yet in the cache. At least 1 while it runs: the newest token's logits are still to come."""
+        """Tokens not yet in the cache; at least 1 while it runs, for the newest token's logits are not computed yet."""
         return len(self.tokens) - self.computed
 
     @property
     def output(self) -> list[int]:
         return self.tokens[self.prompt_len :]
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """When a request reached each stage, in seconds of a monotonic clock; None for what has not happened."""
+
+    arrived: float = 0.0
+    scheduled: float | None = None  # first computed
+    first_token: float | None = None
+    last_token: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -54,21 +65,32 @@ class Request:
     params: SamplingParams
     stop_ids: tuple[int, ...]  # ids that end a sequence
     sequences: list[Sequence]  # running ones; finished ones move to `finished`
-    score_only: bool = False  # wants log-probabilities of the prompt and no output
+    times: RequestTimes = field(default_factory=RequestTimes)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of params.bad_words
     finished: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # from the second token on
-    keeps_text: bool = False  # its text is wanted as it grows: to stream, or to look for stop strings
+    num_cached_tokens: int | None = None  # of the prompt; None before it is first scheduled
+    aborted: bool = False
     error: str | None = None
 
     @property
+    def score_only(self) -> bool:
+        """Whether it wants log-probabilities of the prompt and no output."""
+        return self.params.max_tokens == 0
+
+    @property
     def wants_prompt(self) -> bool:
-        """Whether log-probabilities of its prompt are still to come."""
-        asked = self.score_only or self.params.prompt_logprobs is not None
-        return asked and len(self.prompt_logprobs) < len(self.prompt) - 1
+        """Whether log-probabilities of its prompt are not complete."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
 
     @property
     def has_beams(self) -> bool:
         return self.params.num_beams > 1 and not self.score_only
+
+    @property
+    def unforked(self) -> bool:
+        """Whether its one sequence still stands for all of n > 1, which fork with the first token."""
+        return self.params.n > len(self.sequences) + len(self.finished)
 
     @property
     def width(self) -> int:
@@ -98,7 +120,8 @@ class Chunk:
     def logit_rows(self) -> range:
         """Offsets inside the chunk whose logits are needed: those that predict prompt tokens, and always the last.
 
-        The last token sees all that the chunk wrote, so its logits tell whether that is fit for the cache, too.
+        The last token attends to all that the chunk wrote: its logits also show whether the chunk's keys and values are
+        finite.
         """
         first = self.count - 1
         if self.request.wants_prompt:

@@ -194,6 +194,11 @@ class ModelConfig:
             total += shape[0] * (shape[1] if len(shape) > 1 else 1)
         return total
 
+    def kv_bytes_per_token(self, itemsize: int, kv_heads: int | None = None) -> int:
+        """Bytes of the keys and values of one position in all layers. `kv_heads`: of this rank; None for all."""
+        heads = self.num_key_value_heads if kv_heads is None else kv_heads
+        return 2 * self.num_hidden_layers * heads * self.head_dim * itemsize
+
 
 def end_ids(settings: Mapping[str, Any], vocab_size: int, name: str) -> tuple[int, ...]:
     """`eos_token_id` of a config.json or generation_config.json, one or a list. UserError for what isn't a token id."""

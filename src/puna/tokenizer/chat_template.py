@@ -68,6 +68,20 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mappin
     return "".join(text)
 
 
+def render_unfinished(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    """The text up to the end of the last message's content, to be continued; transformers' `continue_final_message`."""
+    conversation = check_messages(messages)
+    if not conversation:
+        raise UserError("There is no message to continue.")
+    mark = f"{secrets.token_hex(16)} "  # the space tells whether the template strips contents
+    conversation[-1]["content"] = f"{conversation[-1].get('content') or ''}{mark}"
+    text = render(source, conversation, variables)
+    end = text.rfind(mark.strip())
+    if end < 0:
+        raise UserError("The last message cannot be continued: the chat template leaves its content out.")
+    return text[:end] if text.startswith(mark, end) else text[:end].rstrip()
+
+
 def render_spans(
     source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> tuple[str, list[tuple[int, int]]]:

@@ -21,7 +21,7 @@ from puna.errors import UserError
 from puna.tokenizer import hf_files, sentencepiece_model
 from puna.tokenizer.bpe_patterns import PRE, patterns
 from puna.tokenizer.builtin_templates import choose
-from puna.tokenizer.chat_template import marks_generation, render, render_spans
+from puna.tokenizer.chat_template import marks_generation, render, render_spans, render_unfinished
 from puna.tokenizer.detokenizer import Detokenizer, IncrementalDetokenizer
 from puna.tokenizer.gguf_fields import not_in_gguf, read_gguf, write_gguf
 from puna.tokenizer.panics import panics_refused
@@ -218,14 +218,18 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         **kw: Any,
     ) -> str:
         """The text of a conversation by the chat template, as transformers' `apply_chat_template` gives it.
 
         `messages`: dicts with "role" and "content"; `tools`: JSON schemas; other keywords go to the template.
+        `continue_final_message`: end inside the last message, so that the model continues it instead of answering.
         UserError names what the template or the sandbox refused.
         """
+        if continue_final_message:
+            return render_unfinished(*self._call(messages, False, tools, kw))
         return render(*self._call(messages, add_generation_prompt, tools, kw))
 
     def render_spans(

@@ -26,7 +26,7 @@ def describe(source: Checkpoint) -> dict[str, Any]:
         stored[str(info.dtype).removeprefix("torch.")] += info.nbytes
         tensors[str(info.dtype).removeprefix("torch.")] += 1
     parameters = config.num_parameters()
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * HALF
+    cache = config.kv_bytes_per_token(HALF)
     manifest = manifest_path(source.path)
     return {
         "path": str(source.path),

@@ -251,7 +251,7 @@ def wanted(repo: str, files: list[str]) -> list[str]:
 
 def _no_such(name: str) -> NoReturn:
     if name in PRESETS:
-        raise UserError(f"{name} is a preset, not a checkpoint: add --weights random to time that shape.")
+        raise UserError(f"{name} is a preset, not a checkpoint: add --load-format dummy to time that shape.")
     path = Path(name).expanduser()
     if note := leftovers_note(path):
         raise UserError(f"There is no checkpoint {name}; {note}.")
