@@ -16,7 +16,8 @@ from launching import launch
 from puna.cli import main
 from puna.errors import UserError
 from puna.files import manifest_path, read_json
-from puna.llm import LLM, load
+from puna.llm import LLM
+from puna.loading import load
 from puna.model.linear import Linear
 from puna.model.lora import LoraOptions, add_lora, lora_tensors, saved
 from puna.model_loader import load_model
