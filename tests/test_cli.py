@@ -11,7 +11,7 @@ import pytest
 
 from launching import SECONDS
 from puna import cli
-from puna.commands import info
+from puna.commands import VERBS, command, info
 from puna.errors import UserError
 from puna.options import options_of
 
@@ -36,7 +36,7 @@ def failing(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("verb", [(), *((*verb.split(),) for verb in cli.VERBS), ("bench",)])
+@pytest.mark.parametrize("verb", [(), *((*verb.split(),) for verb in VERBS), ("bench",)])
 def test_help_imports_no_torch(verb):
     code = (
         "import sys; from puna.cli import main; code = main(sys.argv[1:]);"
@@ -53,15 +53,15 @@ def test_help_imports_no_torch(verb):
 NEGATIVE = re.compile(r"(leave|omit|skip|without|don't|do not|no|never|disable)\b")
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_flag_says_what_true_does(verb):
-    entries = options_of(cli._command(verb)[1]).values()
+    entries = options_of(command(verb)[1]).values()
     assert not [entry.name for entry in entries if entry.is_flag and NEGATIVE.match(entry.help)]
 
 
 def test_overview_names_every_verb():
     text = puna("--help").stdout
-    assert all(f"  {verb}" in text for verb in cli.VERBS)
+    assert all(f"  {verb}" in text for verb in VERBS)
 
 
 def test_version():

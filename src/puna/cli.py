@@ -1,44 +1,27 @@
 """`puna VERB`: finds the verb's function, and turns whatever happens into one sentence and an exit code.
 
-Exit codes: 0 done, 2 the user can put it right, 1 a defect of puna, 130 Ctrl-C. A new verb is a module in
-`puna.commands` and a line in `VERBS`. No --help imports torch: command modules import it inside their functions.
+Exit codes: 0 done, 2 the user can put it right, 1 a defect of puna, 130 Ctrl-C. The verbs are in `puna.commands`. No
+--help imports torch: command modules import it inside their functions.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import Any, get_type_hints
+from typing import Any
 
 from puna import __version__, options
-from puna.errors import UserError, nearest
+from puna.commands import VERBS, command, second_words, split_verb
+from puna.errors import UserError
 
-# verb -> its module in puna.commands, whose `run(options)` takes the dataclass that its annotation names
-VERBS = {
-    "pull": "pull",
-    "info": "info",
-    "convert": "convert",
-    "lora merge": "lora_merge",
-    "verify": "verify",
-    "chat": "chat",
-    "generate": "generate",
-    "bench latency": "bench_latency",
-    "bench throughput": "bench_throughput",
-    "train": "train",
-    "data prepare": "data_prepare",
-    "data show": "data_show",
-    "data stats": "data_stats",
-    "launch": "launch",
-    "doctor loss": "doctor_loss",
-    "demo": "demo",
-}
+OPENING = re.compile(r"(the|a|an|there|this|that|no|not|more|give|choose|cannot|it|its|every|only|out of|neither)\b")
 HELP = ("-h", "--help", "help")
 FULL = {errno.ENOSPC, errno.EDQUOT}
 UNUSABLE = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
@@ -48,6 +31,8 @@ UNUSABLE |= {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--"]:  # as in torchrun ... -m puna -- generate, which keeps torchrun from reading our options
+        del words[0]
     rank = os.environ.get("RANK", "0")
     name, errors = ("puna" if rank == "0" else f"puna (rank {rank})"), sys.stderr
     for stream, how in ((sys.stdout, "surrogateescape"), (errors, "backslashreplace")):  # names of files may be no text
@@ -63,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
         return code
+    except SystemExit:  # --help and --print-config have printed what was asked for
+        return 0
     except BrokenPipeError:  # the reader of stdout left, as `head` does; that is no one's mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -78,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         sentence = _users_own(error)
         if sentence:
-            print(f"{name}: {sentence}", file=errors)
+            print(f"{name}: {_punctuated(sentence)}", file=errors)
             return 2
         print(
             f"{name}: internal error, {type(error).__name__}: {str(error).strip() or 'no message'}"
@@ -99,31 +86,15 @@ def _run(words: list[str]) -> int:
     if verb == "--version":
         print(f"puna {__version__}")
         return 0
-    kinds = [name.split()[1] for name in VERBS if name.startswith(f"{verb} ")]
-    if kinds and rest[:1] and rest[0] in HELP:
+    if second_words(verb) and rest[:1] and rest[0] in HELP:
         print(_overview(verb))
         return 0
-    if kinds:
-        if not rest or rest[0] not in kinds:
-            hint = nearest(rest[0], kinds) if rest else ""
-            raise UserError(f"puna {verb} needs {' or '.join(kinds)} as its first word{hint} (see puna {verb} --help)")
-        verb, rest = f"{verb} {rest[0]}", rest[1:]
-    if verb not in VERBS:
-        raise UserError(f"puna has no verb {verb!r}{nearest(verb, VERBS)} (see puna --help)")
-    command, options_type = _command(verb)
-    try:
-        chosen: Any = options.parse(verb, options_type, rest)
-    except SystemExit:  # --help and --print-config have printed what was asked for
-        return 0
+    verb, rest = split_verb(words)
+    run, options_type = command(verb)
+    chosen: Any = options.parse(verb, options_type, rest)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # `__main__` has its own until here
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return command(chosen) or 0
-
-
-def _command(verb: str) -> tuple[Callable[[Any], int | None], type]:
-    """The function of a verb and its options dataclass."""
-    command = import_module(f"puna.commands.{VERBS[verb]}").run
-    return command, get_type_hints(command)["options"]
+    return run(chosen) or 0
 
 
 def _overview(group: str = "") -> str:
@@ -131,14 +102,21 @@ def _overview(group: str = "") -> str:
     lines = [usage, "", "LLaMA checkpoints through their whole life.", ""]
     for verb in VERBS:
         if verb.startswith(group):
-            lines.append(f"  {verb:<18}{options.summary(_command(verb)[1])}")
+            lines.append(f"  {verb:<18}{options.summary(command(verb)[1])}")
     return "\n".join([*lines, "", "puna VERB --help shows a verb's options with examples; puna --version the version."])
+
+
+def _punctuated(sentence: str) -> str:
+    """The sentence with a capital, where it opens with a plain English word, and a full stop."""
+    if OPENING.match(sentence):
+        sentence = sentence[0].upper() + sentence[1:]
+    return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
 
 
 def _users_own(error: Exception) -> str | None:
     """The sentence for an error that the user can put right, None for a defect of puna."""
     if isinstance(error, UserError):
-        return str(error).removesuffix(".")
+        return str(error)
     if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full{f' at {error.filename}' if error.filename else ''}: free some space and run again"
     if isinstance(error, OSError) and error.errno in UNUSABLE:

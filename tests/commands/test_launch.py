@@ -1,5 +1,7 @@
-"""`puna launch`: what it hands to torchrun, and manifests that start the same."""
+"""`puna launch`: what it hands to torchrun, exit codes, and manifests that start the same."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,8 +11,9 @@ import yaml
 from launching import SECONDS
 from puna.cli import main
 from puna.cluster.torchrun import torchrun_arguments
+from puna.commands import VERBS, command
 from puna.commands.launch import LaunchOptions, manifest
-from puna.options import parse
+from puna.options import options_of, parse
 
 RUN = ["train", "run.yaml", "--mesh.tp", "2"]
 
@@ -20,7 +23,7 @@ def options(*words):
 
 
 def test_one_machine_needs_no_rendezvous():
-    assert torchrun_arguments(RUN, nproc=4) == ["--nproc-per-node=4", "--standalone", "-m", "puna", *RUN]
+    assert torchrun_arguments(RUN, nproc=4) == ["--nproc-per-node=4", "--standalone", "-m", "puna", "--", *RUN]
 
 
 def test_several_machines_meet_at_the_first():
@@ -28,14 +31,54 @@ def test_several_machines_meet_at_the_first():
     assert found[:4] == ["--nproc-per-node=8", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=a:1"]
 
 
+def test_torchrun_leaves_every_option_of_every_verb_alone():
+    from torch.distributed.run import parse_args
+
+    words = [word for verb in VERBS for entry in options_of(command(verb)[1]).values() for word in (entry.flag, "2")]
+    assert "--n" in words and "--start" in words  # prefixes of several of torchrun's
+    found = parse_args(torchrun_arguments(["train", *words, "--", "--n"], nproc=2))
+    assert found.training_script == "puna" and found.training_script_args == ["train", *words, "--", "--n"]
+
+
+def test_a_leading_separator_is_torchruns(capsys):
+    assert main(["--", "--version"]) == 0 and capsys.readouterr().out.startswith("puna ")
+
+
+SBATCH = ("--slurm", "--nproc", "8", "--nnodes", "4", "--name", "big", "--time", "1:00:00")
+
+
 def test_the_slurm_script_is_a_script():
-    script = manifest(options("--slurm", "--nproc", "8", "--nnodes", "4", "--name", "big", "--time", "1:00:00"))
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    script = manifest(options(*SBATCH))
     for line in ("--nodes=4", "--gpus-per-node=8", "--job-name=big", "--time=1:00:00", "--signal=TERM@120"):
         assert f"#SBATCH {line}\n" in script
-    assert script.splitlines()[-1].startswith("srun torchrun --nproc-per-node=8 --nnodes=4 --rdzv-backend=c10d")
-    assert '--rdzv-endpoint="$head:29500"' in script and script.endswith("-m puna train run.yaml --mesh.tp 2")
+    assert (
+        f'srun {sys.executable} -m puna launch --nproc 8 --nnodes 4 --rendezvous "$head:29500" -- {" ".join(RUN)}\n'
+        in script
+    )
     assert "--gpus-per-node" not in manifest(options("--slurm", "--no-gpus"))
+
+
+@pytest.mark.parametrize(
+    ("code", "left", "queued"), [(0, 90, False), (1, 90, False), (143, 90, True), (143, 5000, False)]
+)
+def test_the_slurm_script_runs_the_words_as_they_are_and_queues_itself_again(tmp_path, code, left, queued):
+    """With stand-ins for Slurm's commands: what srun gets, and what is done after its exit code."""
+    words = ["generate", "M", "a 'quoted' $HOME prompt", "--stop", "RENDEZVOUS\n*"]
+    for name, body in {
+        "srun": f"printf '%s\\0' \"$@\" > {tmp_path}/argv; exit {code}",
+        "scontrol": f'if [ "$1" = show ]; then echo node0; echo node1; else echo "$@" > {tmp_path}/requeued; fi',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = manifest(parse("launch", LaunchOptions, ["--slurm", "--nproc", "2", "--nnodes", "2", *words]))
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7"}
+    now = int(subprocess.run(["date", "+%s"], capture_output=True, text=True).stdout)
+    done = subprocess.run(["bash"], input=script, text=True, env=env | {"SLURM_JOB_END_TIME": str(now + left)})
+    assert done.returncode == code and (tmp_path / "requeued").exists() == queued
+    launched = (tmp_path / "argv").read_text().split("\0")[:-1]
+    assert launched[:3] == [sys.executable, "-m", "puna"] and "node0:29500" in launched
+    assert launched[launched.index("--") + 1 :] == words
+    assert parse("launch", LaunchOptions, launched[4:]).command == tuple(words)
 
 
 def test_the_kubernetes_manifest_is_a_service_and_a_job():
@@ -45,28 +88,65 @@ def test_the_kubernetes_manifest_is_a_service_and_a_job():
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
-    assert container["command"][:3] == ["torchrun", "--nproc-per-node=8", "--nnodes=4"]
-    assert "--rdzv-endpoint=puna-0.puna:29500" in container["command"] and container["command"][-4:] == RUN
+    assert container["command"][:2] == ["puna", "launch"]
+    started = parse("launch", LaunchOptions, container["command"][2:])
+    assert (started.nproc, started.nnodes, started.rendezvous) == (8, 4, "puna-0.puna:29500")
+    assert started.command == tuple(RUN)
     assert container["resources"]["limits"] == {"cpu": 64, "nvidia.com/gpu": 8}
+
+
+def test_manifests_take_a_rendezvous():
+    for kind in (["--slurm"], ["--k8s", "--image", "x"]):
+        assert (
+            "meet:1234" in (text := manifest(options(*kind, "--rendezvous", "meet:1234")))
+            and "29500" not in text.split("rendezvous")[1]
+        )
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--nproc", "2"], "needs the verb to run"),
-        (["--nproc", "0", "train"], "must be at least 1"),
-        (["--nnodes", "2", "train"], "needs --rendezvous HOST:PORT"),
-        (["--k8s", "train"], "--k8s needs --image"),
-        (["--k8s", "--slurm", "train"], "choose one"),
+        (["--nproc", "0", "train"], "--nproc must be at least 1, not 0."),
+        (["--nnodes", "2", "info", "x"], "needs --rendezvous HOST:PORT"),
+        (["--k8s", "info", "x"], "--k8s needs --image"),
+        (["--k8s", "--slurm", "info", "x"], "choose one"),
+        (["trian", "run.yaml"], "puna has no verb 'trian', did you mean 'train'?"),
+        (["--nproc", "2", "generate", "M", "--temprature", "1"], "did you mean '--temperature'?"),
+        (["--nproc", "2", "train", "nowhere.yaml"], "Cannot read the options file nowhere.yaml"),
+        (["launch", "info", "x"], "a verb other than launch"),
+        (["--slurm", "--time", "a day", "info", "x"], "is not a time limit of Slurm"),
+        (["--slurm", "--name", "a b", "info", "x"], "is not a job name"),
+        (["--slurm", "train", "--lr", "1", "there.yaml"], ""),
+        (["--k8s", "--image", "x", "--name", "My_job", "info", "x"], "is not a name of Kubernetes"),
+        (["--k8s", "--image", "x", "--name", "a" * 53, "info", "x"], "is not a name of Kubernetes"),
+        (["--k8s", "--image", "x", "--volume", "A", "info", "x"], "is not a name of Kubernetes"),
+        (["--k8s", "--image", "a b", "info", "x"], "is not the name of a container image"),
     ],
 )
-def test_refusals(words, says, capsys):
-    assert main(["launch", *words]) == 2
-    assert says in capsys.readouterr().err
+def test_refusals_come_before_torchrun(words, says, capsys):
+    code = main(["launch", *words])
+    err = capsys.readouterr().err
+    assert code == (2 if says else 0) and says in err and err.count("\n") == bool(says)
+
+
+def launch(*words, **kw):
+    return subprocess.Popen([sys.executable, "-m", "puna", "launch", *words], stderr=subprocess.PIPE, text=True, **kw)
 
 
 @pytest.mark.slow
-def test_two_ranks_run_and_their_exit_code_comes_back(tmp_path):
-    command = [sys.executable, "-m", "puna", "launch", "--nproc", "2", "train", "--out", str(tmp_path / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode != 0 and done.stderr.count("puna train needs --model.name") >= 1
+def test_the_exit_code_of_a_rank_comes_back_with_one_sentence(tmp_path):
+    process = launch("--nproc", "2", "info", str(tmp_path / "nothing"))
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2 and "Traceback" not in err and err.count("here is no checkpoint") == 1
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_without_a_traceback(tiny_checkpoint):
+    model = str(tiny_checkpoint(max_position_embeddings=8192))
+    words = ["generate", model, "x", "--max-tokens", "8000", "--ignore-eos", "true"]
+    process = launch("--nproc", "1", *words, stdout=subprocess.PIPE)
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 143 and "Traceback" not in err

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import yaml
 
-from puna.cluster.torchrun import torchrun_arguments
+from puna.errors import UserError
+
+PORT = 29500
+LABEL = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")  # RFC 1035, short enough for the pods' suffixes
+VOLUME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")  # RFC 1123 subdomain
 
 
 def job_manifest(
@@ -19,18 +24,32 @@ def job_manifest(
     cpus: int,
     image: str,
     volume: str,
+    rendezvous: str | None = None,
 ) -> str:
-    """The YAML for `puna COMMAND`: a headless Service and an indexed Job whose pods meet at the first one."""
+    """The YAML for `puna COMMAND`: a headless Service and an indexed Job whose pods meet at `rendezvous` or the first.
+
+    Raises UserError for names that Kubernetes doesn't take.
+    """
+    if not LABEL.fullmatch(name):
+        raise UserError(
+            f"--name {name!r} is not a name of Kubernetes: use at most 52 lower-case letters, digits and dashes,"
+            " beginning with a letter."
+        )
+    if not VOLUME.fullmatch(volume):
+        raise UserError(f"--volume {volume!r} is not a name of Kubernetes: use lower-case letters, digits and dashes.")
+    if not image or image.split() != [image]:
+        raise UserError(f"--image {image!r} is not the name of a container image.")
     limits: dict[str, object] = {"cpu": nproc * cpus}
     if gpus:
         limits["nvidia.com/gpu"] = nproc
-    arguments = torchrun_arguments(command, nproc=nproc, nnodes=nnodes, rendezvous=f"{name}-0.{name}:29500")
+    launch = ["puna", "launch", "--nproc", str(nproc), "--nnodes", str(nnodes)]
+    launch += ["--rendezvous", rendezvous or f"{name}-0.{name}:{PORT}", "--", *command]
     container = {
         "name": "puna",
         "image": image,
-        "command": ["torchrun", *arguments],
+        "command": launch,
         "env": [{"name": "OMP_NUM_THREADS", "value": str(cpus)}],
-        "ports": [{"containerPort": 29500}],
+        "ports": [{"containerPort": PORT}],
         "resources": {"limits": limits},
         "volumeMounts": [{"name": "work", "mountPath": "/workspace"}, {"name": "shm", "mountPath": "/dev/shm"}],
         "workingDir": "/workspace",
