@@ -108,10 +108,10 @@ def test_bytes_of_a_decode_step(tiny_checkpoint):
         ("latency", ["--input-len", "500"], "come to 564 tokens, the context is 512: shorten them"),
         ("latency", ["--batch-size", "4,x"], "--batch-size takes whole numbers"),
         ("throughput", ["--num-prompts", "0"], "--num-prompts must be 1 or more"),
-        ("throughput", ["--dataset", "nowhere.json"], "cannot use nowhere.json"),
+        ("throughput", ["--dataset", "nowhere.json"], "Cannot use nowhere.json"),
         ("throughput", ["--dataset", "bad.json"], "--dataset bad.json is not JSON"),
         ("throughput", ["--dataset", "empty.json"], "has no rows of"),
-        ("throughput", ["--dataset", "short.json"], "no conversation of --dataset fits 4 to 512 tokens"),
+        ("throughput", ["--dataset", "short.json"], "No conversation of --dataset fits 4 to 512 tokens"),
     ],
 )
 def test_bad_use_is_one_sentence(run, tmp_path, kind, words, says):

@@ -292,7 +292,7 @@ def test_yaml_holds_the_options(run, tmp_path):
     ("words", "says"),
     [
         (["p", "--file", "f"], "give prompts as arguments or by --file, not both"),
-        (["--file", "nowhere.txt"], "cannot use nowhere.txt: No such file or directory"),
+        (["--file", "nowhere.txt"], "Cannot use nowhere.txt: No such file or directory"),
         (["--file", "latin1.txt"], "latin1.txt is not UTF-8 text"),
         (["p", "--system", "x"], "--system goes with --chat"),
         (["p", "--out", "/dev/full"], "--out /dev/full must be a file"),

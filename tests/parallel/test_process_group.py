@@ -80,7 +80,7 @@ def test_an_error_on_all_ranks_comes_out_once(tiny_checkpoint):
     ranks = launch(3, "-m", "puna", "generate", tiny_checkpoint(), "Once")
     assert [rank.code for rank in ranks] == [2, 0, 0]
     assert ranks[0].err == (
-        "puna: 4 attention heads and 2 key/value heads cannot be split over 3 ranks; use one of 1, 2, 4\n"
+        "puna: 4 attention heads and 2 key/value heads cannot be split over 3 ranks; use one of 1, 2, 4.\n"
     )
     assert not any(rank.out for rank in ranks) and not ranks[1].err and not ranks[2].err
 
