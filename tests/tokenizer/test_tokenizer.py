@@ -577,8 +577,8 @@ def test_bad_requests_are_refused(made):
         tokenizer.encode("half of a pair: \ud800")
     with pytest.raises(UserError, match="no token with id 5000"):
         tokenizer.token(5000)
-    with pytest.raises(UserError, match="vocabulary has 402 rows"):
-        tokenizer.check_fits(402)
+    with pytest.raises(UserError, match="vocabulary has 399 rows"):
+        tokenizer.check_fits(399)
     tokenizer.check_fits(403)
     assert tokenizer.decode([5000]) == "" and tokenizer.id("nothing") is None
 
@@ -589,3 +589,34 @@ def test_fingerprint_sees_every_part(made):
     assert same == tokenizer.fingerprint() != other
     assert altered(made, normalizer=normalizers.NFC()).fingerprint() != same
     assert make(made, "gguf-hf").fingerprint() != same  # its stop list is another
+
+
+def test_added_tokens_beyond_the_models_rows_get_a_note(made, capsys):
+    """As the [PAD] of many fine-tunes; what the vocabulary itself has beyond them is refused."""
+    tokenizer = cached(made, "hf")
+    tokenizer.check_fits(402)
+    assert "'<|eot_id|>' (402) beyond the model's 402 rows" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"'<\|eot_id\|>' \(402\) beyond the model's 402 rows, which this format cannot"
+    ):
+        tokenizer.check_fits(402, exact=True)
+    with pytest.raises(UserError, match="use the tokenizer that belongs"):
+        make(made, "spm").check_fits(1)
+
+
+ENDS = ["<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "</s>", "[EOS]", "<｜end▁of▁sentence｜>", "<turn|>"]
+
+
+@pytest.mark.parametrize(
+    "others, ends", [((), ENDS), (("<|return|>", "<|call|>"), [*ENDS[1:], "<|return|>", "<|call|>"])]
+)
+def test_ends_of_llama_cpp_by_their_spelling(made, others, ends):
+    fields = make(made, "hf").to_gguf()
+    names = [*fields["tokenizer.ggml.tokens"], "<|begin|>", *ENDS, *others]
+    kinds = fields["tokenizer.ggml.token_type"] + [3] * (1 + len(ENDS) + len(others))
+    tokenizer = Tokenizer.from_gguf(
+        fields
+        | {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.eos_token_id": 403}
+    )
+    known = ["<|eot_id|>", "<|end_of_text|>", "<|begin|>"]  # the last is eos here
+    assert {tokenizer.token(index) for index in tokenizer.stop_ids} == {*known, *ends}

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, wraps
-from itertools import accumulate
 from types import FrameType
 from typing import Any
 
@@ -46,50 +44,30 @@ WIDTH = re.compile(r"\d{5,}")  # in a format string
 
 def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
     """Run a template over a conversation. UserError for a bad message, and for whatever the template refuses."""
-    conversation = check_messages(messages)
+    return run(source, check_messages(messages), variables)
+
+
+def run(source: str, conversation: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+    """Run a template over checked messages. UserError for whatever the template refuses."""
     try:
         variables = json.loads(json.dumps(dict(variables)))  # plain data only: no object with methods gets in
     except (TypeError, ValueError) as error:
         raise UserError(f"Tools and template settings must be plain JSON data ({error}).") from error
     template = _compile(source)
     outer = sys.gettrace()
-    text, size = [], 0
+    chunks, size = [], 0
     try:
         sys.settrace(_Clock())
-        for part in template.generate({"documents": None, **variables, "messages": conversation}):
-            size += len(part)
+        for chunk in template.generate({"documents": None, **variables, "messages": conversation}):
+            size += len(chunk)
             if size > MAX_TEXT:
                 raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
-            text.append(part)
+            chunks.append(chunk)
     except Exception as error:  # whatever a template does wrong is the template's or the conversation's fault
         raise UserError(f"The chat template refused this conversation: {_reason(error)}.") from error
     finally:
         sys.settrace(outer)
-    return "".join(text)
-
-
-def render_unfinished(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-    """The text up to the end of the last message's content, to be continued; transformers' `continue_final_message`."""
-    conversation = check_messages(messages)
-    if not conversation:
-        raise UserError("There is no message to continue.")
-    mark = f"{secrets.token_hex(16)} "  # the space tells whether the template strips contents
-    conversation[-1]["content"] = f"{conversation[-1].get('content') or ''}{mark}"
-    text = render(source, conversation, variables)
-    end = text.rfind(mark.strip())
-    if end < 0:
-        raise UserError("The last message cannot be continued: the chat template leaves its content out.")
-    return text[:end] if text.startswith(mark, end) else text[:end].rstrip()
-
-
-def render_spans(
-    source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and [start, end) in it of what the template marks by `{% generation %}`."""
-    mark = f"<{secrets.token_hex(16)}>"  # no text can hold it by chance or by intent
-    parts = render(source, messages, {**variables, MARK: mark}).split(mark)
-    ends = list(accumulate(map(len, parts)))
-    return "".join(parts), list(zip(ends[:-1:2], ends[1::2], strict=False))
+    return "".join(chunks)
 
 
 def marks_generation(source: str) -> bool:
@@ -213,7 +191,7 @@ def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callab
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` marks what the assistant says; the text is that of its body.
 
-    `render_spans` gives the variable `MARK` a value and looks for it in the text; otherwise it is undefined, and empty.
+    `conversation` gives the variable `MARK` a value and looks for it in the text; otherwise it is undefined, and empty.
     """
 
     tags = {"generation"}

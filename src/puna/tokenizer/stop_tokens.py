@@ -6,7 +6,10 @@ llama.cpp, src/llama-vocab.cpp, `special_eog_ids`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import tokenizers
+from tokenizers import AddedToken
 
 END_SPELLINGS = (
     "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "</s>", "<end_of_turn>",
@@ -27,3 +30,10 @@ def spelled_ends(backend: tokenizers.Tokenizer) -> list[int]:
     ids = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
     excluded = {text for text, others in EXCEPT if all(other in ids for other in others)}
     return [ids[text] for text in END_SPELLINGS if text in ids and text not in excluded]
+
+
+def end_of_answer(text: str, answer: str, added: Mapping[int, AddedToken]) -> int | None:
+    """The id of the added token that a rendered conversation has behind its last `answer`, None for anything else."""
+    behind = text.rpartition(answer)[2].lstrip()
+    fits = [(len(token.content), index) for index, token in added.items() if behind.startswith(token.content or "\0")]
+    return max(fits)[1] if fits else None

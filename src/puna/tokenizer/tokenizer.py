@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +22,18 @@ from puna.errors import UserError
 from puna.tokenizer import hf_files, sentencepiece_model
 from puna.tokenizer.bpe_patterns import PRE, patterns
 from puna.tokenizer.builtin_templates import choose
-from puna.tokenizer.chat_template import marks_generation, render, render_spans, render_unfinished
+from puna.tokenizer.conversation import Rendered, render_conversation
 from puna.tokenizer.detokenizer import Detokenizer, IncrementalDetokenizer
 from puna.tokenizer.gguf_fields import not_in_gguf, read_gguf, write_gguf
 from puna.tokenizer.panics import panics_refused
 from puna.tokenizer.spec import TokenizerSpec, flatten, probes, state
-from puna.tokenizer.stop_tokens import spelled_ends
+from puna.tokenizer.special_tokens import SpecialSpellings, front
+from puna.tokenizer.stop_tokens import end_of_answer, spelled_ends
 from puna.tokenizer.tiktoken_bpe import read_tiktoken
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
+ANSWER = "Highland-grass."  # what the template is asked to write, to see which token it writes after it
 SURROGATE = "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
 
 
@@ -45,8 +48,6 @@ class Tokenizer:
         self.add_bos, self.add_eos = spec.add_bos, spec.add_eos
         self.template_name = spec.template_name if spec.templates else None
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        declared = [*spec.stops, *([] if self.eos_id is None else [self.eos_id])]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*declared, *spelled_ends(spec.backend)]))
 
     # Where it comes from and goes to
 
@@ -115,9 +116,7 @@ class Tokenizer:
         The BOS is added only where the text doesn't start with it. With `special=False` the names of special tokens in
         the text, say `<|eot_id|>`, are plain text.
         """
-        with self._refusals():
-            backend = self._backend if special else self._plain
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        ids = self.encode_offsets(text, special=special)[0]
         if bos and self.bos_id is None:
             raise UserError("A BOS was asked for, but this checkpoint's tokenizer has none.")
         if (self.add_bos if bos is None else bos) and ids[:1] != [self.bos_id]:
@@ -126,12 +125,19 @@ class Tokenizer:
             ids = [*ids, self.eos_id]  # type: ignore[list-item]
         return ids
 
-    def encode_offsets(self, text: str, *, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, none added, and [start, end) in characters of the text for each of them."""
+    def encode_offsets(
+        self, text: str, *, special: bool = True, guards: Collection[int] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, none added, and [start, end) in characters of the text for each of them.
+
+        A special token that stretches over one of `guards` (positions in the text) is plain text; see `render_chat`.
+        """
         with self._refusals():
+            if special and guards:
+                return self._spellings.encode(text, guards)
             backend = self._backend if special else self._plain
             encoding = backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+            return encoding.ids, encoding.offsets
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many documents, none added and no special token recognised; quicker than one by one."""
@@ -197,11 +203,7 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        # The same model (shared, not copied) behind a second front, so that no call has to switch the first one's mode.
-        plain = tokenizers.Tokenizer(self._backend.model)
-        for part in ("normalizer", "pre_tokenizer"):
-            if (value := getattr(self._backend, part)) is not None:
-                setattr(plain, part, value)
+        plain = front(self._backend)  # so that no call has to switch the first one's mode
         plain.add_tokens([token for _, token in sorted(self._backend.get_added_tokens_decoder().items())])
         plain.encode_special_tokens = True
         return plain
@@ -213,43 +215,40 @@ class Tokenizer:
         """The Jinja source of the chat template in use, None when the checkpoint carries none and none was chosen."""
         return self._spec.templates.get("default")
 
-    def render(
+    def render(self, messages: Sequence[Mapping[str, Any]], **kw: Any) -> str:
+        """The text of a conversation by the chat template, as transformers' `apply_chat_template` gives it.
+
+        Takes what `render_chat` takes. The text does not say which special tokens are the template's own: for ids, call
+        `encode_chat`.
+        """
+        return self.render_chat(messages, special=True, **kw).text
+
+    def render_spans(
+        self, messages: Sequence[Mapping[str, Any]], **kw: Any
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text of a whole conversation, and [start, end) in it of each answer that the template marks as generated.
+
+        None instead where the template has no `{% generation %}`.
+        """
+        rendered = self.render_chat(messages, add_generation_prompt=False, special=True, **kw)
+        return rendered.text, rendered.spans
+
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        special: bool = False,
         **kw: Any,
-    ) -> str:
-        """The text of a conversation by the chat template, as transformers' `apply_chat_template` gives it.
+    ) -> Rendered:
+        """The text of a conversation with the spans of its answers and the guards for `encode_offsets`.
 
-        `messages`: dicts with "role" and "content"; `tools`: JSON schemas; other keywords go to the template.
-        `continue_final_message`: end inside the last message, so that the model continues it instead of answering.
-        UserError names what the template or the sandbox refused.
+        messages: dicts with "role" and "content"; continue_final_message: end inside the last message, for the model to
+        continue; tools: JSON schemas; special: whether special tokens that messages and tools spell count too; other
+        keywords go to the template. UserError names what the template or the sandbox refused.
         """
-        if continue_final_message:
-            return render_unfinished(*self._call(messages, False, tools, kw))
-        return render(*self._call(messages, add_generation_prompt, tools, kw))
-
-    def render_spans(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: list[dict[str, Any]] | None = None, **kw: Any
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """The text of a whole conversation, and [start, end) in it of each answer that the template marks as generated.
-
-        None instead where the template has no `{% generation %}`.
-        """
-        call = self._call(messages, False, tools, kw)
-        return render_spans(*call) if marks_generation(call[0]) else (render(*call), None)
-
-    def _call(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        prompt: bool,
-        tools: list[dict[str, Any]] | None,
-        kw: dict[str, Any],
-    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
-        """Template, messages and variables."""
         templates = self._spec.templates
         name = "tool_use" if tools and "tool_use" in templates else "default"
         if name not in templates:
@@ -257,14 +256,36 @@ class Tokenizer:
                 "This checkpoint carries no chat template; choose one of alpaca, chatml, llama2, llama3 or vicuna "
                 "by `template`, the one that the model was trained with."
             )
-        spec = self._spec
-        named = {"bos_token": spec.bos, "eos_token": spec.eos, "unk_token": spec.unk, "pad_token": spec.pad}
-        known = {key: value for key, value in named.items() if value is not None}
-        return templates[name], messages, {**known, **kw, "add_generation_prompt": prompt, "tools": tools}
+        roles = {f"{role}_token": getattr(self._spec, role) for role in ("bos", "eos", "unk", "pad")}
+        variables = {key: value for key, value in roles.items() if value is not None} | kw
+        variables |= {"add_generation_prompt": add_generation_prompt and not continue_final_message, "tools": tools}
+        spellings = None if special else self._spellings
+        return render_conversation(templates[name], messages, variables, spellings, unfinished=continue_final_message)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **kw: Any) -> list[int]:
-        """Ids of a conversation: what the template renders and no more, so the BOS is the template's own."""
-        return self.encode(self.render(messages, **kw), bos=False)
+        """Ids of a conversation: what the template renders and no more, so the BOS is the template's own.
+
+        Takes what `render_chat` takes. Special tokens that messages and tools spell are plain text, unless `special`.
+        """
+        rendered = self.render_chat(messages, **kw)
+        return self.encode_offsets(rendered.text, guards=rendered.guards)[0]
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: the declared ones, those by spelling, and the template's own after an answer."""
+        declared = [*self._spec.stops, *([] if self.eos_id is None else [self.eos_id])]
+        ends = [*declared, *spelled_ends(self._backend)]
+        if "default" in self._spec.templates:
+            turns = [{"role": "user", "content": "Puna?"}, {"role": "assistant", "content": ANSWER}]
+            with suppress(UserError):  # a template that wants other turns
+                text = self.render(turns, add_generation_prompt=False)
+                end = end_of_answer(text, ANSWER, self._backend.get_added_tokens_decoder())
+                ends += [] if end in (None, self.bos_id) else [end]
+        return tuple(dict.fromkeys(ends))
+
+    @cached_property
+    def _spellings(self) -> SpecialSpellings:
+        return SpecialSpellings(self._backend)
 
     # Checks
 
@@ -288,10 +309,28 @@ class Tokenizer:
             facts |= {"stops": sorted(self.stop_ids), "templates": spec.templates}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def check_fits(self, vocab_size: int) -> None:
-        """UserError when an id would be outside a model of `vocab_size` rows."""
-        if self.vocab_size > vocab_size:
+    def check_fits(self, vocab_size: int, *, exact: bool = False) -> None:
+        """UserError when the tokenizer cannot belong to a model of `vocab_size` rows.
+
+        Added tokens beyond the rows, such as the [PAD] of many fine-tunes, get a note on stderr, for only a text that
+        holds them cannot be used. With `exact` they are refused too, for formats that store one token for each row.
+        """
+        beyond = sorted((index, text) for text, index in self._backend.get_vocab().items() if index >= vocab_size)
+        if not beyond:
+            return
+        named = ", ".join(f"{text!r} ({index})" for index, text in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+        added = self._backend.get_added_tokens_decoder()
+        if not all(index in added for index, _ in beyond) or (self.add_bos and (self.bos_id or 0) >= vocab_size):
             raise UserError(
-                f"The tokenizer has ids up to {self.vocab_size - 1} ({self.token(self.vocab_size - 1)!r}), "
+                f"The tokenizer has ids up to {self.vocab_size - 1} ({beyond[-1][1]!r}), "
                 f"but the model's vocabulary has {vocab_size} rows; use the tokenizer that belongs to the model."
             )
+        if exact:
+            raise UserError(
+                f"The tokenizer has {named} beyond the model's {vocab_size} rows, which this format cannot hold: "
+                "take the token out of the tokenizer's files, or give the model's embedding a row for it."
+            )
+        print(
+            f"note: the tokenizer has {named} beyond the model's {vocab_size} rows; texts that hold it are refused.",
+            file=sys.stderr,
+        )
