@@ -153,7 +153,7 @@ class LLM:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt), prompt
         text = self.tokenizer.render(prompt, continue_final_message=continue_final_message)  # type: ignore[arg-type]
-        return self.tokenizer.encode(text, bos=False), text
+        return self.tokenizer.encode_chat(prompt, continue_final_message=continue_final_message), text  # type: ignore[arg-type]
 
     def _check_prompt(self, prompt: Prompt) -> None:
         """Raise UserError for what is not a prompt of this model at all."""

@@ -119,9 +119,11 @@ def _load_all(
         stop_ids = _stop_ids(source)
         if tokenizer is not None:
             tokenizer.check_fits(source.config.vocab_size)
-            stop_ids = tokenizer.stop_ids
             if options.template is not None:
                 tokenizer = tokenizer.with_template(options.template)
+            if options.add_bos is not None:
+                tokenizer = tokenizer.with_bos(options.add_bos)
+            stop_ids = tuple(index for index in tokenizer.stop_ids if index < source.config.vocab_size)
         if dummy:
             model = random_model(source.config, dtype, device, seed=seed, **build)
         else:

@@ -30,6 +30,9 @@ class EngineOptions:
     template: str | None = option(
         None, "chat template: a built-in (chatml, llama2, llama3, alpaca, vicuna) or a Jinja file"
     )
+    add_bos: bool | None = option(
+        None, "begin texts with BOS (conversations: as the template does); the checkpoint's rule when not given"
+    )
     max_model_len: int | None = option(None, "longest prompt plus answer, in tokens; the config's own when not given")
     kv_cache_tokens: int | None = option(
         None, "tokens that the KV cache holds; sized from free memory when not given", aliases=("kv_tokens",)

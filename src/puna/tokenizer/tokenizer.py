@@ -90,6 +90,12 @@ class Tokenizer:
         files = {name: data for name, data in spec.files.items() if not name.endswith(".jinja")}
         return Tokenizer(replace(spec, templates={"default": source}, template_name=template, files=files))
 
+    def with_bos(self, add_bos: bool) -> Tokenizer:
+        """The same tokenizer, whose `encode` begins texts with BOS or not, whatever the checkpoint says."""
+        if add_bos and self.bos_id is None:
+            raise UserError("This checkpoint's tokenizer has no BOS to add; leave out add_bos.")
+        return Tokenizer(replace(self._spec, add_bos=add_bos))
+
     def save(self, directory: str | Path) -> None:
         """Write Hugging Face files that transformers 4 and 5 read the same way. Loading and saving again is stable."""
         hf_files.write_directory(self._spec, Path(directory))
@@ -309,11 +315,11 @@ class Tokenizer:
             facts |= {"stops": sorted(self.stop_ids), "templates": spec.templates}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def check_fits(self, vocab_size: int, *, exact: bool = False) -> None:
+    def check_fits(self, vocab_size: int) -> None:
         """UserError when the tokenizer cannot belong to a model of `vocab_size` rows.
 
         Added tokens beyond the rows, such as the [PAD] of many fine-tunes, get a note on stderr, for only a text that
-        holds them cannot be used. With `exact` they are refused too, for formats that store one token for each row.
+        holds them cannot be used.
         """
         beyond = sorted((index, text) for text, index in self._backend.get_vocab().items() if index >= vocab_size)
         if not beyond:
@@ -324,11 +330,6 @@ class Tokenizer:
             raise UserError(
                 f"The tokenizer has ids up to {self.vocab_size - 1} ({beyond[-1][1]!r}), "
                 f"but the model's vocabulary has {vocab_size} rows; use the tokenizer that belongs to the model."
-            )
-        if exact:
-            raise UserError(
-                f"The tokenizer has {named} beyond the model's {vocab_size} rows, which this format cannot hold: "
-                "take the token out of the tokenizer's files, or give the model's embedding a row for it."
             )
         print(
             f"note: the tokenizer has {named} beyond the model's {vocab_size} rows; texts that hold it are refused.",

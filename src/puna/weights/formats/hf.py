@@ -190,7 +190,7 @@ def check_hf(source: Checkpoint, dtype: torch.dtype | None, options: Any) -> Non
     if tokenizer := source.tokenizer():
         with tempfile.TemporaryDirectory() as folder:
             _write_texts(source, Path(folder), source.hf_config)
-            if difference := tokenizer_difference(tokenizer, load_tokenizer(Path(folder))):
+            if difference := tokenizer_difference(tokenizer, load_tokenizer(Path(folder)), source.config.vocab_size):
                 raise UserError(f"Hugging Face files can't hold this checkpoint's tokenizer: {difference}.")
 
 

@@ -120,7 +120,7 @@ def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
             )
         fields |= dict(zip(slots, missing, strict=False))
         back = Tokenizer.from_gguf(unpadded(fields))
-    if difference := tokenizer_difference(tokenizer, back, more_stops=True):
+    if difference := tokenizer_difference(tokenizer, back, source.config.vocab_size, more_stops=True):
         raise UserError(
             f"A GGUF of this tokenizer would be another one: {difference}; keep the checkpoint as hf"
             + (f", or {SPACES}." if fields["tokenizer.ggml.model"] == "llama" else ".")
