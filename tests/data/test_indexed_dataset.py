@@ -102,7 +102,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(UserError, match="cut short"):
         IndexedDataset(tmp_path / "a")
     (tmp_path / "a.bin").unlink()
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="can't be read"):
         IndexedDataset(tmp_path / "a")
 
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -341,9 +342,14 @@ def test_workers_end_with_a_killed_parent(tmp_path, corpus, tokenizer):
             assert parent.poll() is None
             time.sleep(0.05)
         parent.kill()
-    for path in workers:  # much sooner than the ten minutes that they have to do; pytest's own limit is the bound
-        while _running(int(path.name)):
-            time.sleep(0.05)
+    pids = [int(path.name) for path in workers]
+    for _ in range(1200):  # a minute of the ten that they sleep
+        if not any(map(_running, pids)):
+            return
+        time.sleep(0.05)
+    for pid in filter(_running, pids):
+        os.kill(pid, signal.SIGKILL)
+    pytest.fail("the workers outlived the process that started them")
 
 
 def _running(pid):

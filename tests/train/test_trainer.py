@@ -403,7 +403,7 @@ def test_going_on_with_other_ranks_and_another_layout(stores, tmp_path):
         ({"optim.betas": "0.9"}, "optim.betas takes two numbers"),
         ({"schedule.min_lr": 1}, "schedule.min_lr 1 must lie between 0 and optim.lr 0.01"),
         ({"data.seq_len": 512}, "data.seq_len 512 is longer than the model's context of 256"),
-        ({"data.train": "nothing"}, "there is no token data nothing_text_document.idx"),
+        ({"data.train": "nothing"}, "There is no token data nothing_text_document.idx"),
         ({"data.weights": "1,2"}, "data.weights needs a number for every store"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 3, "micro_batch_size": 2}, "cannot be dealt out"),
@@ -428,7 +428,7 @@ def test_refusals(stores, tmp_path, changes, says):
     ("changes", "says"),
     [
         ({"model.name": "tiny-gqa"}, "its model has num_attention_heads 4, not 8"),
-        ({"data.seq_len": 16}, "the data are not those that the checkpoint was trained on"),
+        ({"data.seq_len": 16}, "The data are not those that the checkpoint was trained on"),
         ({"optim.name": "adafactor"}, "its optimizer is adamw, not adafactor"),
         ({"resume": "never"}, "holds checkpoints of an earlier run"),
         ({"resume": "no/such"}, "no/such is not a checkpoint of puna train"),

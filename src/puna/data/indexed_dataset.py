@@ -1,4 +1,4 @@
-"""Token data on disk: Megatron-LM's `.bin/.idx`, mapped when read, so that a store may be larger than the memory.
+"""Token data on disk: Megatron-LM's `.bin/.idx`, memory-mapped, so that a store may be larger than the memory.
 
 `.bin` holds the tokens of all sequences end to end. `.idx` holds, little-endian: the magic, version 1 (uint64), a dtype
 code (uint8), the number of sequences and of document bounds (uint64 each), then int32 lengths, int64 byte pointers, and
@@ -25,8 +25,8 @@ from puna.tokenizer import Tokenizer
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
-BLOCK = 1 << 20  # entries of the index that are looked at together
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+BLOCK = 1 << 20  # entries of the index that are read at a time
 SAMPLED = 64  # pages of a store that its fingerprint reads
 IGNORED = -100  # the label of a token that is not trained
 TEXT, IDS, LABELS = "_text_document", "_input_ids_document", "_labels_document"
@@ -52,7 +52,7 @@ class IndexedDataset:
         if size != needed:
             raise UserError(
                 f"{path} has {size:,} bytes where its index says {needed:,}: it is cut short or belongs to another "
-                "index; prepare the data again"
+                "index; prepare the data again."
             )
         self.tokens = np.memmap(path, self.dtype, "r") if size else np.empty(0, self.dtype)
         self.lengths = counts
@@ -72,9 +72,9 @@ class IndexedDataset:
         return self.tokens[start : start + length]
 
     def identity(self) -> bytes:
-        """What tells this store from another without reading all of it: its lengths, and pages spread over its tokens.
+        """Bytes that differ between stores: all lengths, and a sample of the tokens.
 
-        The pages are the first and last 4 KiB and others at even distances.
+        The sample is the first and last 4 KiB and other pages at even distances.
         """
         raw = self.tokens.view(np.uint8)
         starts = np.linspace(0, max(0, len(raw) - 4096), SAMPLED).astype(np.int64)
@@ -96,9 +96,9 @@ class Dataset:
         self.labels = None if self.ids.prefix.endswith(TEXT) else IndexedDataset(prefix + LABELS)
         self.lengths = self.ids.lengths
         if not len(self.lengths):
-            raise UserError(f"{prefix} holds no samples")
+            raise UserError(f"{prefix} holds no samples.")
         if self.labels is not None and not np.array_equal(self.labels.lengths, self.lengths):
-            raise UserError(f"{prefix}: input_ids and labels have different lengths; prepare the data again")
+            raise UserError(f"{prefix}: input_ids and labels have different lengths; prepare the data again.")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -122,7 +122,7 @@ class Dataset:
             name = self.metadata["tokenizer"].get("source", "another tokenizer")
             raise UserError(
                 f"{self.prefix} was made with the tokenizer of {name}, which is not the model's: "
-                "prepare the data again with this model as --tokenizer"
+                "prepare the data again with this model as --tokenizer."
             )
 
 
@@ -132,12 +132,12 @@ def open_dataset(prefix: str | Path) -> Dataset:
     Raises UserError when there is none, naming the prefixes that are there, and when it is empty or damaged.
     """
     name = re.sub(rf"({TEXT}|{IDS})(\.bin|\.idx)?$", "", str(prefix))
-    if not any(Path(f"{name}{kind}.idx").exists() for kind in (TEXT, IDS)):
+    if not any(Path(f"{name}{store}.idx").exists() for store in (TEXT, IDS)):
         folder = Path(name).parent
-        there = sorted(path.name for kind in (TEXT, IDS) for path in folder.glob(f"*{kind}.idx"))
+        there = sorted(path.name for store in (TEXT, IDS) for path in folder.glob(f"*{store}.idx"))
         known = dict.fromkeys(re.sub(rf"({TEXT}|{IDS})\.idx$", "", file) for file in there)
         hint = f": there {'is' if len(known) == 1 else 'are'} {', '.join(list(known)[:5])}" if known else ""
-        raise UserError(f"there is no token data {name}{TEXT}.idx or {name}{IDS}.idx{hint}")
+        raise UserError(f"There is no token data {name}{TEXT}.idx or {name}{IDS}.idx{hint}.")
     return Dataset(name)
 
 
@@ -157,7 +157,7 @@ def read_metadata(prefix: str) -> dict[str, Any]:
             except ValueError:
                 content = None
             if not isinstance(content, dict):
-                raise UserError(f"{path} is damaged: it holds no JSON object; prepare the data again")
+                raise UserError(f"{path} is damaged: it holds no JSON object; prepare the data again.")
             return content
     return {}
 
@@ -173,7 +173,7 @@ class IndexedDatasetBuilder:
     def __init__(self, prefix: str | Path, dtype: np.dtype | type, *, at: tuple[int, int] | None = None) -> None:
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODES:
-            raise ValueError(f"a store holds no {self.dtype}")
+            raise ValueError(f"the format has no dtype {self.dtype}")
         self.bin, self.idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         self.parts = [path.with_name(f".{path.name}.part") for path in (self.bin, self.idx)]
         self.bin.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ class IndexedDatasetBuilder:
         self.sequences, self.size = at or (0, 0)
         for file, end in ((self._tokens, self.size), (self._lengths, HEADER.size + 4 * self.sequences)):
             if at is not None and file.seek(0, os.SEEK_END) < end:
-                raise UserError(f"{file.name} is shorter than it was when it was last saved: start over")
+                raise UserError(f"{file.name} is shorter than it was when it was last saved: start over.")
             file.seek(end)
             file.truncate()
 
@@ -203,7 +203,7 @@ class IndexedDatasetBuilder:
         self.extend(np.asarray(ids), np.array([len(ids)]))
 
     def extend(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents that stand end to end in `ids`. ValueError for an id that the dtype can't hold."""
+        """Append documents, concatenated in `ids`. ValueError for an id that the dtype can't hold."""
         cast = ids.astype(self.dtype, copy=False)
         if len(ids) and not np.array_equal(cast, ids):
             raise ValueError(f"an id does not fit into {self.dtype}")
@@ -215,7 +215,7 @@ class IndexedDatasetBuilder:
         self.size += cast.nbytes
 
     def mark(self) -> tuple[int, int]:
-        """(documents, bytes) so far, and they are on the disk."""
+        """(documents, bytes) so far, which are synced to the disk."""
         for file in (self._tokens, self._lengths):
             file.flush()
             os.fsync(file.fileno())
@@ -246,12 +246,12 @@ class IndexedDatasetBuilder:
         os.replace(self.parts[1], self.idx)
 
     def close(self) -> None:
-        """Let go of the hidden files and leave them where they are."""
+        """Close the hidden files and keep them."""
         self._tokens.close()
         self._lengths.close()
 
     def discard(self) -> None:
-        """Give up: no hidden file stays."""
+        """Close and remove the hidden files."""
         self.close()
         for part in self.parts:
             part.unlink(missing_ok=True)
@@ -263,29 +263,29 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     with path.open("rb") as file:
         head = file.read(HEADER.size)
     if not head.startswith(MAGIC):
-        raise UserError(f"{path} is no token index: it does not begin with MMIDIDX")
+        raise UserError(f"{path} isn't a token index: it does not begin with MMIDIDX.")
     if len(head) < HEADER.size:
-        raise UserError(f"{path} is cut short: prepare the data again")
+        raise UserError(f"{path} is cut short: prepare the data again.")
     _, version, code, sequences, bounds = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
-        raise UserError(f"{path} has version {version} and dtype code {code}; puna reads version 1 with whole numbers")
+        raise UserError(f"{path} has version {version} and dtype code {code}; puna reads version 1 with integers.")
     dtype = np.dtype(DTYPES[code])
     fixed = HEADER.size + 12 * sequences + 8 * bounds
     if size not in (fixed, fixed + sequences):  # Megatron's multimodal stores end with one mode byte a sequence
         raise UserError(
-            f"{path} has {size:,} bytes where {fixed:,} are needed: it is cut short; prepare the data again"
+            f"{path} has {size:,} bytes where {fixed:,} are needed: it is cut short; prepare the data again."
         )
     if not sequences:
         return dtype, np.empty(0, np.int32), np.empty(0, np.int64), np.zeros(1, np.int64)
     lengths = np.memmap(path, "<i4", "r", HEADER.size, (sequences,))
     pointers = np.memmap(path, "<i8", "r", HEADER.size + 4 * sequences, (sequences,))
     starts = np.memmap(path, "<i8", "r", HEADER.size + 12 * sequences, (bounds,)) if bounds else np.empty(0, np.int64)
-    damaged = UserError(f"{path} is damaged: its entries contradict one another; prepare the data again")
+    damaged = UserError(f"{path} is damaged: its entries contradict one another; prepare the data again.")
     end = 0
     for first in range(0, sequences, BLOCK):
-        part = lengths[first : first + BLOCK].astype(np.int64)
-        ends = part.cumsum() * dtype.itemsize + end
-        if part.min() < 0 or not np.array_equal(pointers[first : first + BLOCK], ends - part * dtype.itemsize):
+        block = lengths[first : first + BLOCK].astype(np.int64)
+        ends = block.cumsum() * dtype.itemsize + end
+        if block.min() < 0 or not np.array_equal(pointers[first : first + BLOCK], ends - block * dtype.itemsize):
             raise damaged
         end = int(ends[-1])
     if not len(starts) or starts[0] != 0 or starts[-1] != sequences or (starts[1:] < starts[:-1]).any():
@@ -297,4 +297,4 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise UserError(f"cannot read the token data {path}: {error.strerror}") from None
+        raise UserError(f"The token data {path} can't be read: {error.strerror}.") from None

@@ -1,8 +1,8 @@
-"""From stores to batches: packed rows, shuffled, mixed by weight, dealt over the data-parallel ranks.
+"""Batches of packed rows: shuffled, mixed by weight, distributed over the data-parallel ranks.
 
-Rows are numbered 0, 1, 2 ... without end. What a row holds follows from the stores, the row length and the seed; a
-global batch is the next so many rows, whoever computes which of them. So the place in the data is one number, and a run
-may go on with other ranks and another batch size without seeing a sample twice or leaving one out.
+Rows are numbered 0, 1, 2 ... without end. The content of a row follows from the stores, the row length and the seed; a
+global batch is the next rows, however they are distributed over ranks. So the position in the data is one number, and a
+training may resume with other ranks and another batch size without repeating or missing a sample.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Packing = Literal["best_fit", "concat", "none"]
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of `seq_len` tokens; everything int [seq_len].
+    """One row of `seq_len` tokens; all arrays are int [seq_len].
 
     `labels[t]` is the token that follows `ids[t]` in the same document, -100 at its end, for prompts and for padding.
     `positions` restart with each document; `documents` numbers the documents of the row, padding has its own number.
-    `samples` names what the row holds: (store, sample) in the order of their documents.
+    `samples` are the (dataset, sample) numbers of the documents, in their order.
     """
 
     ids: np.ndarray
@@ -43,14 +43,14 @@ class PackedRow:
 class PackedLoader:
     """Rows of packed samples from one or more datasets.
 
-    datasets: (dataset, weight) pairs. All weights None: an epoch is every sample once. Else weights are shares of the
-      rows, the epoch has as many rows as all datasets together, and small datasets come round more than once.
-    packing: "best_fit" fills rows with whole documents that don't see one another; "concat" strings all documents
-      together as Megatron-LM does, so that they do; "none" gives each document a row, padded.
-    long: what becomes of instruction samples longer than a row: "error" (UserError with their number), "cut" to its
-      length (dropped when no trained token is left), or "drop". Text is split into pieces, and each piece but the last
-      also predicts the token that follows it; "concat" splits everything.
-    rank, size: this data-parallel rank and how many there are.
+    datasets: (dataset, weight) pairs. All weights None: an epoch is every sample once. Otherwise weights are fractions
+      of the rows, the epoch has as many rows as all datasets together, and small datasets are repeated.
+    packing: "best_fit" fills rows with whole documents that don't attend to one another; "concat" concatenates all
+      documents as Megatron-LM does, so that they do; "none" gives each document a row, padded.
+    long: for instruction samples longer than a row: "error" raises a UserError with their number, "cut" truncates them
+      (and drops those without a trained token left), "drop" drops them. Text is split, and each piece but the last
+      also predicts the first token of the next; "concat" splits everything.
+    rank, size: this data-parallel rank and the number of ranks.
 
     Raises UserError for unusable weights, samples that don't fit, and a dataset in which no label is trained.
     """
@@ -72,10 +72,10 @@ class PackedLoader:
         self.cut_empty: dict[str, int] = {}  # prefix -> those of them that have no trained token left, dropped too
         self.cursor = 0
         self._plans = [self._plan(number, dataset, long) for number, dataset in enumerate(self.datasets)]
-        self._shares = _shares([len(plan) for plan in self._plans], [weight for _, weight in datasets])
-        self.epoch_rows = sum(self._shares)
-        self._order = _interleave(self._shares)
-        facts = [[dataset.fingerprint() for dataset in self.datasets], self._shares, seq_len, seed, packing, long]
+        self._rows = _epoch_rows([len(plan) for plan in self._plans], [weight for _, weight in datasets])
+        self.epoch_rows = sum(self._rows)
+        self._order = _interleave(self._rows)
+        facts = [[dataset.fingerprint() for dataset in self.datasets], self._rows, seq_len, seed, packing, long]
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._permutation = lru_cache(maxsize=2 * len(self._plans))(self._permute)
 
@@ -90,9 +90,9 @@ class PackedLoader:
         return [self.row(index) for index in range(first, first + n_rows)]
 
     def validation_batches(self, n_rows: int) -> Iterator[list[PackedRow]]:
-        """Every row of the first epoch once, for validation; the last batch is filled with rows of padding.
+        """Every row of the first epoch once; the last batch is filled with rows of padding.
 
-        All ranks get equally many batches. The cursor stays where it is.
+        All ranks get the same number of batches. The cursor doesn't move.
         """
         for start in range(0, self.epoch_rows, n_rows * self.size):
             first = start + self.rank * n_rows
@@ -103,21 +103,21 @@ class PackedLoader:
 
     def row(self, index: int) -> PackedRow:
         """The row with this global number."""
-        epoch, place = divmod(index, self.epoch_rows)
-        store, rank = (int(column[place]) for column in self._order)
-        turn, own = divmod(epoch * self._shares[store] + rank, len(self._plans[store]))
-        return self._build(store, self._plans[store].row(int(self._permutation(store, turn)[own])))
+        epoch, in_epoch = divmod(index, self.epoch_rows)
+        number, nth = (int(column[in_epoch]) for column in self._order)
+        repetition, row = divmod(epoch * self._rows[number] + nth, len(self._plans[number]))
+        return self._build(number, self._plans[number].row(int(self._permutation(number, repetition)[row])))
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data: rows consumed by all ranks together, and what they were taken from."""
+        """The position in the data: rows consumed by all ranks together, and a fingerprint of the data."""
         return {"cursor": self.cursor, "epoch": self.epoch, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place; UserError when the data, their mixture, row length or seed is another one."""
+        """Resume from a saved position; UserError when the data, their mixture, row length or seed differ."""
         if state["fingerprint"] != self._fingerprint:
             raise UserError(
-                "the data are not those that the checkpoint was trained on: stores, tokenizer, weights, row length, "
-                "packing or seed differ; give the same to resume, or start a new run from the checkpoint's weights"
+                "The data are not those that the checkpoint was trained on: stores, tokenizer, weights, row length, "
+                "packing or seed differ; give the same to resume, or start a new run from the checkpoint's weights."
             )
         self.cursor = int(state["cursor"])
 
@@ -125,22 +125,19 @@ class PackedLoader:
         lengths = np.asarray(dataset.lengths)
         if dataset.labels is not None:
             if not _any_trained(dataset):
-                raise UserError(f"{dataset.prefix}: all labels are masked, so there is nothing to train on")
+                raise UserError(f"{dataset.prefix}: all labels are masked, so there is nothing to train on.")
             over = lengths > (self.seq_len if self.packing != "concat" else lengths)
             count = int(over.sum())
             if count and long == "error":
                 raise UserError(
                     f"{count:,} of {len(lengths):,} samples of {dataset.prefix} do not fit a row of {self.seq_len} "
-                    f"tokens (the longest has {int(lengths.max()):,}): raise the sequence length, or cut or drop them"
+                    f"tokens (the longest has {int(lengths.max()):,}): raise the sequence length, or cut or drop them."
                 )
             if count:
                 self.too_long[dataset.prefix] = count
                 lengths = np.where(over, 0 if long == "drop" else self.seq_len, lengths)
-                empty = (
-                    []
-                    if long == "drop"
-                    else [i for i in np.flatnonzero(over).tolist() if not _trains(dataset, i, lengths)]
-                )
+                cut = np.flatnonzero(over & (lengths > 0)).tolist()
+                empty = [i for i in cut if not _trains(dataset, i, lengths)]
                 lengths[empty] = 0
                 if empty:
                     self.cut_empty[dataset.prefix] = len(empty)
@@ -153,35 +150,35 @@ class PackedLoader:
                     )
         plan = PACKINGS[self.packing](lengths, self.seq_len, _seed(self.seed, number))
         if not len(plan):
-            raise UserError(f"{dataset.prefix} has no sample that fits into {self.seq_len:,} tokens")
+            raise UserError(f"{dataset.prefix} has no sample that fits into {self.seq_len:,} tokens.")
         return plan
 
-    def _permute(self, store: int, turn: int) -> np.ndarray:
-        """The order of a store's rows when it comes round for the `turn`-th time."""
-        return np.random.default_rng(_seed(self.seed, store, turn)).permutation(len(self._plans[store]))
+    def _permute(self, number: int, repetition: int) -> np.ndarray:
+        """The order of a dataset's rows when they are used for the `repetition`-th time."""
+        return np.random.default_rng(_seed(self.seed, number, repetition)).permutation(len(self._plans[number]))
 
-    def _build(self, store: int, pieces: list[tuple[int, int, int]]) -> PackedRow:
+    def _build(self, number: int, pieces: list[tuple[int, int, int]]) -> PackedRow:
         ids = np.zeros(self.seq_len, np.int64)
         labels = np.full(self.seq_len, IGNORED, np.int64)
         positions, documents = np.arange(self.seq_len), np.zeros(self.seq_len, np.int32)
-        at = 0
-        for number, (sample, start, size) in enumerate(pieces):
-            tokens, targets = self.datasets[store].sample(sample)
-            end = at + size
-            ids[at:end] = tokens[start : start + size]
+        begin = 0
+        for document, (sample, start, size) in enumerate(pieces):
+            tokens, targets = self.datasets[number].sample(sample)
+            end = begin + size
+            ids[begin:end] = tokens[start : start + size]
             following = targets[start + 1 : start + size + 1]
-            labels[at : at + len(following)] = following
+            labels[begin : begin + len(following)] = following
             if self.packing == "concat":
-                if at:
-                    labels[at - 1] = targets[start]
+                if begin:
+                    labels[begin - 1] = targets[start]
             else:
-                positions[at:end] = np.arange(size)
-                documents[at:end] = number
-            at = end
-        if at < self.seq_len:
-            positions[at:] = np.arange(self.seq_len - at)
-            documents[at:] = documents[at - 1] + 1 if at else 0
-        return PackedRow(ids, labels, positions, documents, [(store, sample) for sample, _, _ in pieces])
+                positions[begin:end] = np.arange(size)
+                documents[begin:end] = document
+            begin = end
+        if begin < self.seq_len:
+            positions[begin:] = np.arange(self.seq_len - begin)
+            documents[begin:] = documents[begin - 1] + 1 if begin else 0
+        return PackedRow(ids, labels, positions, documents, [(number, sample) for sample, _, _ in pieces])
 
 
 def collate(rows: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
@@ -201,32 +198,32 @@ def _trains(dataset: Dataset, sample: int, lengths: np.ndarray) -> bool:
     return bool((targets[1 : lengths[sample] + 1] != IGNORED).any())
 
 
-def _seed(*parts: int) -> int:
+def _seed(*numbers: int) -> int:
     """One seed from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def _shares(rows: list[int], weights: list[float | None]) -> list[int]:
-    """How many rows of an epoch come from each dataset."""
+def _epoch_rows(rows: list[int], weights: list[float | None]) -> list[int]:
+    """The number of rows of an epoch that come from each dataset."""
     given = [weight for weight in weights if weight is not None]
     if not given:
         return rows
     if len(given) < len(weights) or min(given) <= 0:
-        raise UserError("give every dataset of a mixture a weight above 0, or none of them one")
+        raise UserError("Give every dataset of a mixture a weight above 0, or none of them one.")
     exact = np.array(given) / sum(given) * sum(rows)
-    shares = np.floor(exact).astype(int)
-    short = sum(rows) - int(shares.sum())
-    shares[np.argsort(shares - exact, kind="stable")[:short]] += 1  # largest remainders
-    if not shares.all():
+    counts = np.floor(exact).astype(int)
+    missing = sum(rows) - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1  # largest remainders
+    if not counts.all():
         raise UserError(
-            "a dataset's weight is so small that no row of an epoch comes from it: raise it, or leave it out"
+            "A dataset's weight is so small that no row of an epoch comes from it: raise it, or leave it out."
         )
-    return shares.tolist()
+    return counts.tolist()
 
 
-def _interleave(shares: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(dataset, its how-manieth row) of each row of an epoch: each dataset's rows at even distances."""
-    store = np.repeat(np.arange(len(shares), dtype=np.int32), shares)
-    rank = np.concatenate([np.arange(share) for share in shares])
-    order = np.argsort((rank + 0.5) / np.array(shares)[store], kind="stable")
-    return store[order], rank[order]
+def _interleave(rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(dataset, number of the row in it) of each row of an epoch: each dataset's rows at even distances."""
+    dataset = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+    nth = np.concatenate([np.arange(count) for count in rows])
+    order = np.argsort((nth + 0.5) / np.array(rows)[dataset], kind="stable")
+    return dataset[order], nth[order]

@@ -1,4 +1,4 @@
-"""Which tokens share a row: documents packed into rows of one length, by length and seed alone.
+"""Packing: which documents share a row of one length. Decided by lengths and a seed alone.
 
 Everything here works on arrays of lengths, so that a plan for millions of documents takes seconds.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of pieces. A piece is `size` tokens of document `doc` from token `start` on.
+    """Rows of pieces. A piece is `size` tokens of document `doc`, from token `start`.
 
     Row r holds the pieces `bounds[r]` to `bounds[r + 1]`, in this order.
     """

@@ -1,4 +1,4 @@
-"""Text files cut into records, and into spans of whole records, without reading more than a record at a time."""
+"""Text files split into records, and into spans of whole records, without reading more than a record at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, Any
 from puna.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-MAX_ROW = 256 << 20  # bytes; a document beyond it is no document
+MAX_ROW = 256 << 20  # bytes of a row or document
 TITLE = re.compile(r"= (?!= ).+(?<! =) =")  # WikiText's heading of an article; those of sections begin with "= ="
 
 
@@ -53,7 +53,7 @@ def spans(path: str, begins: Callable[[bytes, bytes], bool]) -> Iterator[Span]:
                     end = size
             if end - start >= MAX_ROW:
                 raise UserError(
-                    f"{path} has a document of more than {MAX_ROW >> 20} MiB: split it, or choose --documents"
+                    f"{path} has a document of more than {MAX_ROW >> 20} MiB: split it, or choose --documents."
                 )
             yield Span(path, start, end)
             start = end
@@ -70,7 +70,7 @@ def records(lines: Iterable[bytes], begins: Callable[[bytes, bytes], bool]) -> I
         held.append(line)
         size, before = size + len(line), line
         if size >= MAX_ROW:
-            raise UserError(f"a document has more than {MAX_ROW >> 20} MiB: split it, or choose --documents")
+            raise UserError(f"A document has more than {MAX_ROW >> 20} MiB: split it, or choose --documents.")
     if held:
         yield b"".join(held)
 
