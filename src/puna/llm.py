@@ -27,6 +27,7 @@ from puna.progress import meter
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
+LONG_TEXT = 1 << 20  # characters
 Encoded = tuple[list[int], str | None]  # token ids, and the text where there is one
 
 
@@ -151,9 +152,22 @@ class LLM:
         if self.tokenizer is None or not (isinstance(prompt, str) or any(isinstance(part, Mapping) for part in prompt)):
             return [index(token) for token in prompt], None  # type: ignore[arg-type]
         if isinstance(prompt, str):
+            self._check_size(prompt)
             return self.tokenizer.encode(prompt), prompt
         text = self.tokenizer.render(prompt, continue_final_message=continue_final_message)  # type: ignore[arg-type]
+        self._check_size(text)
         return self.tokenizer.encode_chat(prompt, continue_final_message=continue_final_message), text  # type: ignore[arg-type]
+
+    def _check_size(self, text: str) -> None:
+        """Refuse a text that is too long for the context however it is encoded, since encoding it may take minutes."""
+        if self.tokenizer is None or len(text) <= LONG_TEXT:
+            return
+        longest = 1 + max(map(len, map(self.tokenizer.token_bytes, range(self.tokenizer.vocab_size))))  # and a space
+        if len(text) > self.max_model_len * longest:
+            raise UserError(
+                f"The prompt has {len(text)} characters, more than the context of {self.max_model_len} tokens can hold;"
+                " shorten it."
+            )
 
     def _check_prompt(self, prompt: Prompt) -> None:
         """Raise UserError for what is not a prompt of this model at all."""

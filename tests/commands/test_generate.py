@@ -158,7 +158,9 @@ def test_the_same_rows_from_stdin_and_into_a_file(run, tmp_path):
     want = run("--file", "in.jsonl", "--max-tokens", "5")[1]
     assert run("--file", "-", "--jsonl", "--max-tokens", "5", stdin=lines(ROWS))[1] == want
     assert run("--file", "in.jsonl", "--max-tokens", "5", "--out", "out.jsonl")[1] == ""
-    assert (tmp_path / "out.jsonl").read_text() == want
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len({record.pop("fingerprint") for record in records}) == len(ROWS)
+    assert records == [json.loads(line) for line in want.splitlines()]
 
 
 def test_log_probabilities_are_records(run):
@@ -167,6 +169,10 @@ def test_log_probabilities_are_records(run):
     assert len(steps) == 3 and all(len(step["top"]) == 2 and step["logprob"] <= 0 for step in steps)
     assert steps[0]["logprob"] == steps[0]["top"][0]["logprob"]  # greedy takes the likeliest
     assert len(record["prompt_logprobs"]) == record["usage"]["prompt_tokens"] - 1  # nothing predicts the first
+    assert b"".join(bytes(step["bytes"]) for step in steps).decode(errors="replace") == record["choices"][0]["text"]
+    assert all(bytes(step["bytes"]).decode(errors="replace") == step["token"] for step in steps)
+    scored = json.loads(run("Once", "--prompt-logprobs", "1", "--max-tokens", "0")[1])
+    assert scored["prompt_logprobs"] == record["prompt_logprobs"] and scored["usage"]["completion_tokens"] == 0
 
 
 def test_a_prompt_beyond_any_context_is_not_encoded(run, monkeypatch, tmp_path):
@@ -193,6 +199,63 @@ def test_resume_gives_what_one_go_gives(run, tmp_path):
         there = whole[:cut].count(b"\n")
         assert f"out.jsonl has {there} row{'s' * (there != 1)} already; going on" in err or there == 0
     assert "Nothing left to do: out.jsonl has 9 rows." in run(*command)[2]
+
+
+CHANGES = [
+    (["--temperature", "0.5"], {}),
+    (["--chat"], {}),
+    (["--max-model-len", "100"], {}),
+    (["--template", "llama2"], {}),
+    ([], {"prompt": "Another"}),
+    ([], {"max_tokens": 2}),
+]
+
+
+@pytest.mark.parametrize(("words", "row"), CHANGES, ids=str)
+def test_resume_refuses_what_other_options_or_prompts_made(run, tmp_path, words, row):
+    rows = [{"prompt": "first"}, {"prompt": "One"}]
+    (tmp_path / "in.jsonl").write_text(lines(rows))
+    command = ("--file", "in.jsonl", "--out", "out.jsonl", "--max-tokens", "1")
+    assert run(*command)[0] == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "in.jsonl").write_text(lines([rows[0], rows[1] | row]))
+    code, _, err = run(*command, *words)
+    assert code == 2 and "was made from another prompt, by another model or with other options" in err
+    assert f"Line {1 if words else 2} of out.jsonl" in err and (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_resume_refuses_what_another_model_made(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """Of the same shape, under the same path: one whose weights differ in some rows."""
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    command = ["generate", str(model), "a", "--max-tokens", "1", "--out", "out.jsonl"]
+    for seed, code in ((0, 0), (0, 0), (1, 2)):
+        for file in tiny_checkpoint(seed=seed).iterdir():
+            (model / file.name).unlink(missing_ok=True)
+            (model / file.name).symlink_to(file)
+        assert main(command) == code, capsys.readouterr().err
+    assert "by another model" in capsys.readouterr().err
+
+
+def test_a_bad_line_of_text_fails_alone(run, tmp_path):
+    (tmp_path / "in.txt").write_bytes(b"one\nna\xefve\n" + b"x" * 5000 + b"\ntwo\n")
+    code, out, err = run("--file", "in.txt", "--max-tokens", "4")
+    good = run("one", "two", "--max-tokens", "4")[1]
+    assert code == 2 and out == good.replace("prompt 2", "prompt 4")
+    assert err.splitlines()[0].startswith("puna: prompt 2: line 2 of in.txt is not UTF-8")
+    assert err.splitlines()[1].startswith("puna: prompt 3: ") and "context" in err and err.count("\n") == 2
+    code, _, err = run("--file", "in.txt", "--max-tokens", "4", "--out", "out.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert code == 0 and [("error" in record) for record in records] == [False, True, True, False]
+
+
+def test_bad_sampling_options_are_found_before_a_model_is_loaded(run, monkeypatch, capsys):
+    monkeypatch.setattr("puna.llm.LLM", None)
+    for verb in ("generate", "chat"):
+        for words in (["--top-p", "1.5"], ["--logit-bias", "{1: 1000}"], ["--min-tokens", "5", "--max-tokens", "4"]):
+            assert main([verb, "no/such/model", *words]) == 2
+            assert words[0][2:].replace("-", "_") in capsys.readouterr().err
 
 
 def test_resume_refuses_the_output_of_another_input(tmp_path):
@@ -245,7 +308,7 @@ BAD_BYTES = [
 
 
 def test_no_row_stops_the_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("puna.commands.generate.LONGEST", 300_000)
+    monkeypatch.setattr("puna.commands.generate_input.MAX_LINE", 300_000)
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(row for row, _ in BAD_BYTES))
     command = ("--file", "in.jsonl", "--out", "out.jsonl", "--max-tokens", "2")
     assert run(*command)[0] == 0
@@ -291,7 +354,7 @@ def test_yaml_holds_the_options(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["p", "--file", "f"], "give prompts as arguments or by --file, not both"),
+        (["p", "--file", "f"], "Give prompts as arguments or by --file, not both"),
         (["--file", "nowhere.txt"], "Cannot use nowhere.txt: No such file or directory"),
         (["--file", "latin1.txt"], "latin1.txt is not UTF-8 text"),
         (["p", "--system", "x"], "--system goes with --chat"),
@@ -328,7 +391,7 @@ def test_ctrl_c_keeps_whole_rows(run, monkeypatch, tmp_path):
         return step(self)
 
     monkeypatch.setattr(LLM, "step", interrupted)
-    rows = [{"prompt": f"row {i}", "max_tokens": 2 + 5 * i} for i in range(4)]
+    rows = [{"prompt": f"row {i}", "max_tokens": 2 + 5 * i, "ignore_eos": True} for i in range(4)]
     (tmp_path / "in.jsonl").write_text(lines(rows))
     code, _, err = run("--file", "in.jsonl", "--out", "out.jsonl")
     assert code == 130 and "the same command goes on after them" in err

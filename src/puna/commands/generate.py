@@ -11,30 +11,28 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from puna.commands.generate_input import Record, Row, RowReader, open_lines
 from puna.commands.shared_options import SamplingOptions, loading, sampling
 from puna.engine.options import EngineOptions
 from puna.errors import UserError
-from puna.options import argument, convert_all, option
+from puna.files import sha256
+from puna.options import argument, option
 from puna.progress import meter
 
 if TYPE_CHECKING:
-    from puna.engine.outputs import Logprob, RequestOutput
+    from puna.engine.outputs import Logprob
     from puna.engine.sampling_params import SamplingParams
     from puna.llm import LLM
     from puna.tokenizer import Tokenizer
 
-LONGEST = 64 << 20  # bytes of a line of input
-LONG = 1 << 20  # characters of a prompt, from which on the context is looked at before they are encoded
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
-SPELLINGS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
-Record = dict[str, Any]
 Load = Callable[[], tuple["LLM", "SamplingParams"]]
 
 
@@ -64,20 +62,8 @@ class GenerateOptions(EngineOptions, SamplingOptions):
     system: str | None = option(None, "system message of --chat")
 
 
-@dataclass
-class Row:
-    """One request; `error` says why it has no answer, `output` is its answer once there is one."""
-
-    index: int
-    prompt: Any = None  # text, token ids, or messages
-    options: Record = field(default_factory=dict)
-    carried: Record = field(default_factory=dict)  # "id" and "metadata", which come out as they went in
-    error: str | None = None
-    output: RequestOutput | None = None
-
-
 def run(options: GenerateOptions) -> int:
-    """Generates for every prompt. A bad row of JSONL becomes a record with an error, and the run ends with 0."""
+    """Generates for every prompt. Exit code 0 where each row has its record; 2 where a prompt failed in plain text."""
     from puna.llm import LLM
 
     _check(options)
@@ -91,14 +77,26 @@ def run(options: GenerateOptions) -> int:
             return llm, llm.defaults.merged(given)
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            load()  # first of all: the other ranks stay in there and serve, rank 0 alone reads the input
-        lines = stack.enter_context(_prompts(options))
-        rows = (_json_row if jsonl and options.file else _text_row)(lines, options)
+            load()  # first of all: the other ranks serve from there on, and rank 0 alone reads the input
+        lines = stack.enter_context(open_lines(options.prompt, options.file))
+        fingerprint = _run_fingerprint(options, given) if options.out else None
+        rows = RowReader(bool(jsonl and options.file), options.chat, options.system, fingerprint).rows(lines)
         if jsonl or options.out or "logprobs" in given or "prompt_logprobs" in given:
             _write_records(rows, options, load)
-        else:
-            _write_text(rows, options, load)
-    return 0
+            return 0
+        return _write_text(rows, load, options.max_num_seqs)
+
+
+def _run_fingerprint(options: GenerateOptions, given: Record) -> str:
+    """A hash of the model and of the options of the run that decide answers."""
+    from puna.weights.fingerprint import checkpoint_fingerprint
+
+    model = checkpoint_fingerprint(options.model, revision=options.revision, adapter=options.adapter)
+    template = options.template
+    if template and os.path.isfile(template):
+        template = sha256(template)
+    loaded = [options.dtype, options.load_format, options.quantization, options.max_model_len, options.add_bos]
+    return json.dumps([model, template, loaded, given], sort_keys=True)
 
 
 def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int) -> Iterator[Row]:
@@ -109,7 +107,6 @@ def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int)
             held.append(row)
             if row.error is None:
                 try:
-                    check_length(llm, row.prompt)
                     asked[llm.submit(row.prompt, params.merged(row.options))] = row
                 except UserError as error:
                     row.error = str(error)
@@ -123,61 +120,54 @@ def finished(llm: LLM, params: SamplingParams, rows: Iterable[Row], window: int)
             row.output, row.error = output, output.error
 
 
-def check_length(llm: LLM, prompt: Any) -> None:
-    """Raises `UserError` for text that no tokens could bring into the context, at once: to encode it takes minutes."""
-    parts = prompt if isinstance(prompt, list) else [prompt]
-    texts = (part.get("content") if isinstance(part, dict) else part for part in parts)
-    size = sum(len(text) for text in texts if isinstance(text, str))
-    if size <= LONG or llm.tokenizer is None:
-        return
-    # One more, since a space that opens a text may not come out again.
-    longest = 1 + max(
-        len(llm.tokenizer.decode([token], skip_special=False)) for token in range(llm.tokenizer.vocab_size)
-    )
-    if size > llm.max_model_len * longest:
-        raise UserError(
-            f"the prompt has {size} characters, more than the context of {llm.max_model_len} tokens can hold;"
-            " shorten it"
-        )
-
-
 def resume(path: Path, rows: Iterator[Row]) -> tuple[int, int]:
-    """Takes from `rows` those that the file answers already; how many they are, and how many bytes of the file.
+    """Take from `rows` those that the file answers already. Returns how many they are, and their bytes in the file.
 
-    What follows these bytes is the beginning of the next answer, left by a run that was killed. Raises `UserError` for
-    a file that holds anything else.
+    What follows these bytes is the beginning of the next record, left by a run that was killed. Raises UserError for a
+    file that holds anything else, and for a record that was made from another prompt, by another model or with other
+    options.
     """
-    done = whole = 0
+    done = size = 0
     if not path.exists():
         return 0, 0
     with path.open("rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
-                ours = _answers(line, done, next(rows, None))
-            else:
+            if not line.endswith(b"\n"):
                 head = f'{{"index": {done}, "'.encode()
-                ours = line.startswith(head) or head.startswith(line)
-            if not ours:
-                raise UserError(
-                    f"line {done + 1} of {path} is not the answer to row {done + 1} of the input; choose another --out"
-                )
-            if line.endswith(b"\n"):
-                done, whole = done + 1, whole + len(line)
-    return done, whole
+                if not (line.startswith(head) or head.startswith(line)):
+                    raise _foreign(path, done)
+                break
+            _check_record(path, line, done, next(rows, None))
+            done, size = done + 1, size + len(line)
+    return done, size
 
 
-def _answers(line: bytes, index: int, row: Row | None) -> bool:
-    """Whether a line of the output is the record of `row`."""
+def _check_record(path: Path, line: bytes, index: int, row: Row | None) -> None:
+    """Raise UserError unless a line of the output is the record of `row`."""
     try:
         record = json.loads(line)
-        return row is not None and (record["index"], record.get("id")) == (index, row.carried.get("id"))
+        if row is None or (record["index"], record.get("id")) != (index, row.carried.get("id")):
+            raise _foreign(path, index)
+        if record.get("fingerprint") != row.fingerprint:
+            raise UserError(
+                f"Line {index + 1} of {path} was made from another prompt, by another model or with other options;"
+                " choose another --out."
+            )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return False
+        raise _foreign(path, index) from None
+
+
+def _foreign(path: Path, index: int) -> UserError:
+    return UserError(
+        f"Line {index + 1} of {path} is not the answer to row {index + 1} of the input; choose another --out."
+    )
 
 
 def record(row: Row, tokenizer: Tokenizer | None) -> Record:
     """What is printed for a row: its index, what it carried, and its answer in OpenAI's names, or its error."""
     head, output = {"index": row.index, **row.carried}, row.output
+    if row.fingerprint is not None:
+        head["fingerprint"] = row.fingerprint
     if output is None or row.error is not None:
         return head | {"error": row.error}
     choices = []
@@ -186,10 +176,7 @@ def record(row: Row, tokenizer: Tokenizer | None) -> Record:
         if completion.logprobs is not None:
             choice["logprobs"] = [_logprob(entry, tokenizer) for entry in completion.logprobs]
         choices.append(choice)
-    usage = {
-        "prompt_tokens": len(output.prompt_token_ids),
-        "completion_tokens": sum(len(completion.token_ids) for completion in output.outputs),
-    }
+    usage = {"prompt_tokens": output.num_prompt_tokens, "completion_tokens": output.num_output_tokens}
     tail = {}
     if output.prompt_logprobs is not None:
         tail["prompt_logprobs"] = [_logprob(entry, tokenizer) for entry in output.prompt_logprobs]
@@ -197,11 +184,15 @@ def record(row: Row, tokenizer: Tokenizer | None) -> Record:
 
 
 def _logprob(entry: Logprob, tokenizer: Tokenizer | None) -> Record:
-    """A token's log-probability and those of the likeliest tokens in its place, with their texts."""
+    """A token's log-probability and those of the likeliest tokens in its place, with their texts and bytes.
+
+    The text keeps the space that opens a word; bytes that are only a part of a character are U+FFFD in it.
+    """
 
     def named(token: int, level: float) -> Record:
-        text = tokenizer.decode([token], skip_special=False) if tokenizer else None
-        return {"token": text, "id": token, "logprob": level}
+        spelled = tokenizer.token_bytes(token) if tokenizer else None
+        text = None if spelled is None else spelled.decode("utf-8", "replace")
+        return {"token": text, "id": token, "logprob": level, "bytes": None if spelled is None else list(spelled)}
 
     token, level, top = entry
     return named(token, level) | {"top": [named(*other) for other in top]}
@@ -209,107 +200,16 @@ def _logprob(entry: Logprob, tokenizer: Tokenizer | None) -> Record:
 
 def _check(options: GenerateOptions) -> None:
     if options.prompt and options.file:
-        raise UserError("give prompts as arguments or by --file, not both")
+        raise UserError("Give prompts as arguments or by --file, not both.")
     if not options.prompt and not options.file and sys.stdin.isatty():
-        raise UserError("puna generate needs a prompt: as an argument, by --file, or on stdin")
+        raise UserError("puna generate needs a prompt: as an argument, by --file, or on stdin.")
     if options.system is not None and not options.chat:
-        raise UserError("--system goes with --chat: a plain prompt has no system message")
+        raise UserError("--system goes with --chat: a plain prompt has no system message.")
     out, file = options.out, options.file
     if out and (not out.absolute().parent.is_dir() or (out.exists() and not out.is_file())):
-        raise UserError(f"--out {out} must be a file in a directory that exists")
+        raise UserError(f"--out {out} must be a file in a directory that exists.")
     if out and file and out.exists() and os.path.exists(file) and out.samefile(file):
-        raise UserError(f"--out {out} is the input itself; choose another file")
-
-
-@contextmanager
-def _prompts(options: GenerateOptions) -> Iterator[Iterator[tuple[str, bytes]]]:
-    """The prompts or JSON rows, one after the other: where each stands, and its bytes."""
-    if options.prompt:
-        yield (("the prompt", prompt.encode(errors="surrogateescape")) for prompt in options.prompt)
-    elif not options.file:
-        yield iter([("stdin", sys.stdin.buffer.read().replace(b"\r\n", b"\n").removesuffix(b"\n"))])
-    elif options.file == "-":
-        yield _lines(sys.stdin.buffer, "stdin")
-    else:
-        with open(options.file, "rb") as file:
-            yield _lines(file, options.file)
-
-
-def _lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    """The lines that are not blank. Of one that is too long, as much as shows that it is; its rest is passed over."""
-    number = 0
-    while line := file.readline(LONGEST):
-        number += 1
-        content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if content.strip():
-            yield f"line {number} of {name}", content.rstrip(b"\r\n")
-        while not line.endswith(b"\n") and (line := file.readline(LONGEST)):
-            pass
-
-
-def _decode(where: str, line: bytes) -> str:
-    if len(line) >= LONGEST:
-        raise UserError(f"{where} is longer than {LONGEST >> 20} MiB")
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text ({error.reason}); convert it first") from None
-
-
-def _text_row(lines: Iterator[tuple[str, bytes]], options: GenerateOptions) -> Iterator[Row]:
-    for index, line in enumerate(lines):
-        yield Row(index, _ask(_decode(*line), options))
-
-
-def _json_row(lines: Iterator[tuple[str, bytes]], options: GenerateOptions) -> Iterator[Row]:
-    for index, line in enumerate(lines):
-        row = Row(index)
-        try:
-            _fill(row, _decode(*line), options)
-        except UserError as error:
-            row.error = str(error)
-        except RecursionError:
-            row.error = "lists or objects are nested too deeply"
-        yield row
-
-
-def _fill(row: Row, line: str, options: GenerateOptions) -> None:
-    """Reads a JSON line into `row`; `UserError` says what is wrong with it."""
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError('not a JSON object with "prompt" or "messages"')
-    row.carried = {key: data.pop(key) for key in ("id", "metadata") if key in data}
-    prompt, messages = data.pop("prompt", None), data.pop("messages", None)
-    if (prompt is None) == (messages is None):
-        raise UserError('a row needs "prompt" or "messages", one of the two')
-    if messages is not None:
-        row.prompt = _with_system(_messages(messages), options.system)
-    elif isinstance(prompt, str):
-        row.prompt = _ask(prompt, options)
-    elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt) and not options.chat:
-        row.prompt = prompt
-    else:
-        raise UserError('"prompt" is text, or without --chat a list of token ids')
-    row.options = convert_all(SamplingOptions, {SPELLINGS.get(key, key): data[key] for key in data}, "the row")
-
-
-def _ask(prompt: str, options: GenerateOptions) -> Any:
-    return _with_system([{"role": "user", "content": prompt}], options.system) if options.chat else prompt
-
-
-def _messages(messages: Any) -> list[Record]:
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
-        return messages
-    raise UserError('"messages" is a list of {"role": "...", "content": "..."}')
-
-
-def _with_system(messages: list[Record], system: str | None) -> list[Record]:
-    if system is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+        raise UserError(f"--out {out} is the input itself; choose another file.")
 
 
 def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) -> None:
@@ -359,23 +259,29 @@ def _line(record: Record, encoding: str) -> str:
     return text
 
 
-def _write_text(rows: Iterator[Row], options: GenerateOptions, load: Load) -> None:
+def _write_text(rows: Iterator[Row], load: Load, max_num_seqs: int) -> int:
+    """Print the answers; one alone is streamed. What failed is said on stderr, and the exit code is 2 then."""
     llm, params = load()
     head = list(islice(rows, 2))
     if len(head) == 1 and params.n == params.num_beams == 1:
-        check_length(llm, head[0].prompt)
-        for piece in llm.stream(head[0].prompt, params):
-            sys.stdout.write(piece.text)
+        if head[0].error is not None:
+            raise UserError(head[0].error)
+        for delta in llm.stream(head[0].prompt, params):
+            sys.stdout.write(delta.text)
             sys.stdout.flush()
         print()
-        return
-    for row in finished(llm, params, chain(head, rows), WINDOW * options.max_num_seqs):
+        return 0
+    failed = 0
+    for row in finished(llm, params, chain(head, rows), WINDOW * max_num_seqs):
         if row.output is None or row.error is not None:
-            raise UserError(f"prompt {row.index + 1}: {row.error}")
+            print(f"puna: prompt {row.index + 1}: {row.error}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
         for completion in row.output.outputs:
             if len(head) > 1 or params.n > 1:
                 print(f"==> prompt {row.index + 1}, answer {completion.index + 1} <==")
             print(completion.text, flush=True)
+    return 2 if failed else 0
 
 
 def _count(options: GenerateOptions, done: int) -> int | None:

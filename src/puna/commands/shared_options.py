@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from puna.engine.options import EngineOptions
+from puna.engine.sampling_params import SamplingParams
 from puna.options import option
 
 
@@ -23,9 +24,12 @@ class SamplingOptions:
     repetition_penalty: float | None = option(None, "above 1 makes tokens that occurred less likely")
     presence_penalty: float | None = option(None, "subtracted once from tokens of the answer so far")
     frequency_penalty: float | None = option(None, "subtracted per occurrence from tokens of the answer so far")
+    no_repeat_ngram_size: int | None = option(None, "no sequence of this many tokens twice; 0 is off")
+    bad_words: tuple[str, ...] | None = option(None, "never write this text; repeat for several", escapes=True)
     logit_bias: dict[int, float] | None = option(None, "added to the logits of token ids, as in '{13: -100}'")
     seed: int | None = option(None, "makes sampling repeatable")
-    stop: tuple[str, ...] | None = option(None, "end the answer before this text; repeat for several")
+    stop: tuple[str, ...] | None = option(None, "end the answer before this text; repeat for several", escapes=True)
+    include_stop_str_in_output: bool | None = option(None, "true: the answer keeps the text that ended it")
     stop_token_ids: tuple[int, ...] | None = option(None, "end the answer at any of these token ids")
     ignore_eos: bool | None = option(None, "true: go on past the end token, to time fixed lengths")
     n: int | None = option(None, "answers per prompt")
@@ -37,9 +41,11 @@ class SamplingOptions:
 
 
 def sampling(options: SamplingOptions) -> dict[str, Any]:
-    """The sampling options that were given; the rest is the checkpoint's to decide."""
+    """The sampling options that were given; the checkpoint decides the others. Raises UserError for a bad value."""
     given = {entry.name: getattr(options, entry.name) for entry in fields(SamplingOptions)}
-    return {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    SamplingParams().merged(given)  # refuses bad values before a model is loaded
+    return given
 
 
 def loading(options: EngineOptions) -> dict[str, Any]:
