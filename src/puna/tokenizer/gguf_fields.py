@@ -78,7 +78,9 @@ def _array(fields: Mapping[str, Any], name: str, length: int | None) -> Sequence
 def _read_spm(fields: Mapping[str, Any], tokens: list[str], scores: list[float]) -> TokenizerSpec:
     types = _types(fields, tokens)
     pieces = [Piece(*piece) for piece in zip(tokens, scores, types, strict=True)]
-    backend = sentencepiece_model.build(pieces, prefix=bool(fields.get(PREFIX + "add_space_prefix", True)))
+    backend = sentencepiece_model.build(
+        pieces, prefix=bool(fields.get(PREFIX + "add_space_prefix", True)), as_llama_cpp=True
+    )
     return TokenizerSpec(backend, add_bos=True, scores=scores)
 
 
@@ -181,6 +183,11 @@ def _write_spm(spec: TokenizerSpec, pairs: list[tuple[str, ...]], tokens: list[s
     normalizers = [(step["type"], step) for step in flatten(backend.normalizer, "normalizers")]
     known = {"Prepend", "Replace"}
     metaspace = flatten(backend.pre_tokenizer, "pretokenizers")
+    if spec.unused or any(step["type"] == "Split" for step in metaspace):
+        raise UserError(
+            "This tokenizer.model has user-defined or unused pieces, which llama.cpp handles in another way than "
+            "SentencePiece does, so a GGUF would tokenise differently; keep the checkpoint in the Hugging Face layout."
+        )
     if any(name not in known for name, _ in normalizers) or any(
         step["type"] != "Metaspace" or step.get("split") for step in metaspace
     ):

@@ -2,14 +2,16 @@
 
 SentencePiece merges the neighbours whose union has the best score. The `tokenizers` library merges by a list of pairs,
 so the pairs are recovered from the scores: every way to split a piece in two, best piece first (as transformers does).
-Control, byte and unused pieces never come out of a merge: text that spells `</s>` must not become the token.
+Control and byte pieces never come out of a merge: text that spells `</s>` must not become the token.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +72,7 @@ def read_spm(path: str | Path, *, legacy: bool = True, prefix_space: bool | None
         add_bos=True,
         scores=[piece.score for piece in pieces],
         files={"tokenizer.model": data},
+        unused=unused_as(pieces),
     )
     set_ends(spec)
     return spec
@@ -105,36 +108,51 @@ def _llama2c_piece(index: int, text: str, score: float) -> Piece:
 
 
 def build(
-    pieces: list[Piece], *, prefix: bool = True, legacy: bool = True, before: list[normalizers.Normalizer] | None = None
+    pieces: list[Piece],
+    *,
+    prefix: bool = True,
+    legacy: bool = True,
+    before: list[normalizers.Normalizer] | None = None,
+    as_llama_cpp: bool = False,
 ) -> tokenizers.Tokenizer:
-    """The backend of a SentencePiece BPE vocabulary. `before`: normalizers that run ahead of the handling of spaces."""
-    added = [
-        added_token(piece.text, piece.type != USER_DEFINED)
-        for piece in pieces
-        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
+    """The backend of a SentencePiece BPE vocabulary. `before`: normalizers that run ahead of the handling of spaces.
+
+    SentencePiece emits a user-defined piece whole, wherever the text holds it, and goes on behind it as if it were any
+    other piece. `as_llama_cpp`: it is handled as a special token instead, with a space before the text behind it.
+    """
+    own_rule = (UNKNOWN, CONTROL, USER_DEFINED) if as_llama_cpp else (UNKNOWN, CONTROL)
+    added = [added_token(piece.text, piece.type != USER_DEFINED) for piece in pieces if piece.type in own_rule]
+    user_defined = [] if as_llama_cpp else [piece.text for piece in pieces if piece.type == USER_DEFINED and piece.text]
     # Added tokens after the last ordinary piece stay out of the model, as they do in Hugging Face files.
-    size = max((i + 1 for i, piece in enumerate(pieces) if piece.type in (NORMAL, UNUSED, BYTE, UNKNOWN)), default=0)
+    ordinary = (NORMAL, UNUSED, BYTE, UNKNOWN) if as_llama_cpp else (NORMAL, UNUSED, BYTE, UNKNOWN, USER_DEFINED)
+    size = max((i + 1 for i, piece in enumerate(pieces) if piece.type in ordinary), default=0)
     vocab = {piece.text: i for i, piece in enumerate(pieces[:size])}
     if len({piece.text for piece in pieces}) != len(pieces):
         raise UserError("The tokenizer has the same piece under two ids; fetch it again.")
     unknown = next((piece.text for piece in pieces if piece.type == UNKNOWN), None)
     model = models.BPE(
         vocab=vocab,
-        merges=merges(pieces),
+        merges=merges(pieces, (NORMAL, UNUSED, USER_DEFINED) if as_llama_cpp else (NORMAL, UNUSED)),
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=sum(piece.type == BYTE for piece in pieces) == 256,
     )
     backend = tokenizers.Tokenizer(model)
     steps = list(before or [])
+    words: list[pre_tokenizers.PreTokenizer] = []
     if legacy:
         steps += [normalizers.Prepend(SPACE)] if prefix else []
         backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     else:
         if steps:
             backend.normalizer = normalizers.Sequence(steps)
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first" if prefix else "never", split=False)
+        words.append(pre_tokenizers.Metaspace(SPACE, "first" if prefix else "never", split=False))
+    if user_defined:
+        words += _isolate(model, vocab, user_defined)
+        model.ignore_merges = True  # so that an isolated piece is one token; no merges lead to it
+        backend.model = model
+    if words:
+        backend.pre_tokenizer = words[0] if len(words) == 1 else pre_tokenizers.Sequence(words)
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -143,9 +161,33 @@ def build(
     return backend
 
 
-def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
+def _isolate(model: models.BPE, vocab: dict[str, int], pieces: list[str]) -> list[pre_tokenizers.PreTokenizer]:
+    """Pre-tokenizers that split a text at the user-defined `pieces`.
+
+    What is between two of them may spell a control or byte piece, or a word that no merges lead to, and would be taken
+    whole. The second step splits such a text where the merges leave two tokens.
+    """
+    longest_first = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+    split: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(longest_first), "isolated")]
+    merging = tokenizers.Tokenizer(model)
+    wrong = {}
+    for text, index in vocab.items():
+        encoding = merging.encode(text, add_special_tokens=False)
+        if encoding.ids != [index] and text not in pieces:
+            wrong[text] = sorted({end for _, end in encoding.offsets if 0 < end < len(text)})
+    cuts = [
+        f"{re.escape(text[:cut])}(?={re.escape(text[cut:])}\\z)"
+        for text, ends in wrong.items()
+        if (cut := next((end for end in ends if text[:end] not in wrong and text[end:] not in wrong), 0))
+    ]
+    if cuts:
+        split.append(pre_tokenizers.Split(Regex(f"\\A(?:{'|'.join(cuts)})"), "isolated"))
+    return split
+
+
+def merges(pieces: list[Piece], types: Collection[int] = (NORMAL,)) -> list[tuple[str, str]]:
     """The merge list that orders pairs as the scores do; the pairs of one piece stand in the order of their ids."""
-    ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type == NORMAL}
+    ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type in types}
     found = []
     for text, index in ids.items():
         pairs = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in ids and text[i:] in ids]
@@ -153,6 +195,36 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
         found += [(pieces[index].score, *pair) for pair in pairs]
     found.sort(key=lambda merge: merge[0], reverse=True)  # stable, so this is the list in Llama 2's own tokenizer.json
     return [(left, right) for _, left, right in found]
+
+
+def unused_as(pieces: list[Piece]) -> dict[int, list[int]]:
+    """Unused piece -> the pieces that stand in its place: SentencePiece merges to it, and takes the last merge back."""
+    ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type in (NORMAL, UNUSED, USER_DEFINED)}
+    return {i: _used(piece.text, pieces, ids) for i, piece in enumerate(pieces) if piece.type == UNUSED}
+
+
+def _used(text: str, pieces: list[Piece], ids: dict[str, int]) -> list[int]:
+    """Source: sentencepiece, src/bpe_model.cc, `Model::SampleEncode` (`rev_merge` and `resegment`)."""
+    symbols, halves = list(text), dict[str, tuple[str, str]]()
+    while True:
+        pairs = [(left, right) for left, right in pairwise(symbols) if left + right in ids]
+        halves |= {left + right: (left, right) for left, right in pairs}
+        if not pairs:
+            break
+        best = max(range(len(symbols) - 1), key=lambda i: (_score(symbols[i] + symbols[i + 1], pieces, ids), -i))
+        symbols[best : best + 2] = [symbols[best] + symbols[best + 1]]
+
+    def used(symbol: str) -> list[int]:
+        index = ids.get(symbol)
+        if index is not None and pieces[index].type == UNUSED and symbol in halves:
+            return [i for half in halves[symbol] for i in used(half)]
+        return [] if index is None else [index]
+
+    return [index for symbol in symbols for index in used(symbol)]
+
+
+def _score(text: str, pieces: list[Piece], ids: dict[str, int]) -> float:
+    return pieces[ids[text]].score if text in ids else -math.inf
 
 
 def scores(vocab: dict[str, int], pairs: list[tuple[str, str]], special: set[str]) -> dict[str, float]:

@@ -33,6 +33,7 @@ class TokenizerSpec:
     templates: dict[str, str] = field(default_factory=dict)  # name ("default", "tool_use", ...) -> Jinja source
     template_name: str = "checkpoint"
     scores: list[float] | None = None  # SentencePiece scores by id, where the checkpoint carries them
+    unused: dict[int, list[int]] = field(default_factory=dict)  # id that no text gets -> the ids in its place
     config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json, unknown keys included
     files: dict[str, bytes] = field(default_factory=dict)  # the checkpoint's own files, written back unchanged
 

@@ -140,15 +140,23 @@ class Tokenizer:
         """
         with self._refusals():
             if special and guards:
-                return self._spellings.encode(text, guards)
-            backend = self._backend if special else self._plain
-            encoding = backend.encode(text, add_special_tokens=False)
-            return encoding.ids, encoding.offsets
+                ids, offsets = self._spellings.encode(text, guards)
+            else:
+                encoding = (self._backend if special else self._plain).encode(text, add_special_tokens=False)
+                ids, offsets = encoding.ids, encoding.offsets
+        if unused := self._spec.unused:
+            pairs = [
+                (new, span) for index, span in zip(ids, offsets, strict=True) for new in unused.get(index, [index])
+            ]
+            return [index for index, _ in pairs], [span for _, span in pairs]
+        return ids, offsets
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many documents, none added and no special token recognised; quicker than one by one."""
         with self._refusals():
-            return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+            encoded = [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        unused = self._spec.unused
+        return [[i for index in ids for i in unused.get(index, [index])] for ids in encoded] if unused else encoded
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -165,7 +173,7 @@ class Tokenizer:
         steps = flatten(self._backend.pre_tokenizer, "pretokenizers") + flatten(self._backend.normalizer, "normalizers")
         known = {expression for expressions in PRE.values() for expression in expressions}
         own = {step["pattern"]["Regex"] for step in steps if "Regex" in (step.get("pattern") or ())}
-        return not own <= known
+        return self._spec.source == "tokenizer.json" and not own <= known
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, after: Sequence[int] = ()) -> str:
         """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) have no text.
