@@ -294,6 +294,30 @@ def test_the_cause_of_a_refusal_is_named(tiny, tmp_path, source, cause):
         LabelEncoder(tiny.with_template(str(tmp_path / "t.jinja"))).encode(conversation(random.Random(0), 2))
 
 
+CALLS = """{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['tool_calls'] -%}
+  {%- set call = message['tool_calls'][0]['function'] -%}{{ call['name'] + ' ' + ARGUMENTS + '<|im_end|>\\n' }}
+{%- else -%}{{ message['content'] + '<|im_end|>\\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+@pytest.mark.parametrize("source", ["(call['arguments'] | tojson)", "call['arguments']"])
+def test_arguments_of_tool_calls_are_encoded_once(tiny, tmp_path, source, encoded):
+    """Whether rows hold them as an object or as JSON text, and whether the template takes one or the other."""
+    (tmp_path / "t.jinja").write_text(CALLS.replace("ARGUMENTS", source))
+    tokenizer = tiny.with_template(str(tmp_path / "t.jinja"))
+    arguments = {"city": "Puno", "days": [1, None]}
+    call = {"type": "function", "function": {"name": "f", "arguments": json.dumps(arguments) if encoded else arguments}}
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("tool", "9"), ("assistant", "Nine.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    row["messages"][1] |= {"content": None, "tool_calls": [call]}
+    ids, labels = LabelEncoder(tokenizer).encode(get_handler("openai").convert(row)[0].content)[0]
+    assert trained(tokenizer, ids, labels) == [f"f {json.dumps(arguments)}<|im_end|>", "Nine.<|im_end|>"]
+
+
 def test_settings_reach_the_template(tiny, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ date }}" + tiny.chat_template)
     tokenizer = tiny.with_template(str(tmp_path / "t.jinja"))
