@@ -48,7 +48,7 @@ class Option:
     minimum: float | None = None
     above: float | None = None
     escapes: bool = False
-    writes: Literal["file", "folder", "prefix"] | None = None
+    writes: Literal["file", "folder", "prefix", "file or folder"] | None = None
 
     @property
     def flag(self) -> str:
@@ -322,7 +322,7 @@ def _check_output(text: str, what: str, name: str) -> None:
         if path.exists() and not path.is_dir():
             raise UserError(f"{name} {text} is a file, not a folder: choose another path")
         return
-    if text.endswith(("/", os.sep)):
+    if what != "file or folder" and text.endswith(("/", os.sep)):
         example = "data" if what == "prefix" else "result"
         raise UserError(f"{name} {text} is a folder: add the name of the {what}, such as {text}{example}")
     if what == "file" and path.is_dir():
@@ -353,8 +353,8 @@ def _describe(entry: Option) -> str:
     text, default = entry.help, entry.default
     if entry.positional:
         return _row(entry.name.upper(), text)
-    if entry.is_flag and default is True:
-        return _row(f"{entry.flag}, --no-{entry.flag[2:]}", f"{text} (default: yes)")
+    if entry.is_flag and default is not False:
+        return _row(f"{entry.flag}, --no-{entry.flag[2:]}", f"{text} (default: yes)" if default else text)
     if entry.is_flag:
         return _row(entry.flag, text)
     if default is MISSING:
@@ -365,7 +365,7 @@ def _describe(entry: Option) -> str:
 
 
 def _row(head: str, text: str) -> str:
-    body = indent(fill(text, WIDTH - 30), " " * 30)
+    body = indent(fill(text, WIDTH - 30, break_on_hyphens=False), " " * 30)
     return f"  {head}\n{body}" if len(head) > 26 else f"  {head:<28}{body[30:]}"
 
 

@@ -102,12 +102,14 @@ def test_bytes_of_a_decode_step(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("kind", "words", "says"),
     [
-        ("latency", ["--output-len", "1"], "--output-len must be 2 or more"),
-        ("latency", ["--repeats", "0"], "--repeats must be 1 or more"),
-        ("latency", ["--input-len", "0"], "must be 1 or more"),
+        ("latency", ["--output-len", "1"], "--output-len must be at least 2"),
+        ("latency", ["--repeats", "0"], "--repeats must be at least 1, not 0."),
+        ("latency", ["--input-len", "0"], "--input-len must be at least 1, not 0."),
         ("latency", ["--input-len", "500"], "come to 564 tokens, the context is 512: shorten them"),
         ("latency", ["--batch-size", "4,x"], "--batch-size takes whole numbers"),
-        ("throughput", ["--num-prompts", "0"], "--num-prompts must be 1 or more"),
+        ("throughput", ["--num-prompts", "0"], "--num-prompts must be at least 1, not 0."),
+        ("latency", ["--json", "no/where.json"], "--json no/where.json is in a folder that doesn't exist"),
+        ("latency", ["--plot", "."], "--plot '.' must name a file of its own"),
         ("throughput", ["--dataset", "nowhere.json"], "Cannot use nowhere.json"),
         ("throughput", ["--dataset", "bad.json"], "--dataset bad.json is not JSON"),
         ("throughput", ["--dataset", "empty.json"], "has no rows of"),

@@ -359,14 +359,14 @@ def test_yaml_holds_the_options(run, tmp_path):
         (["--file", "latin1.txt"], "latin1.txt is not UTF-8 text"),
         (["p", "--system", "x"], "--system goes with --chat"),
         (["p", "--out", "/dev/full"], "--out /dev/full must be a file"),
-        (["p", "--out", "."], "--out . must be a file in a directory that exists"),
-        (["p", "--out", "no/where.jsonl"], "--out no/where.jsonl must be a file in a directory that exists"),
+        (["p", "--out", "."], "--out '.' must name a file of its own"),
+        (["p", "--out", "no/where.jsonl"], "--out no/where.jsonl is in a folder that doesn't exist: make no first."),
         (["p", "--temperature", "-1"], "temperature must be a number of at least 0"),
         (["p", "--top-p", "1.5"], "top_p must be"),
         (["x" * 5000], "context"),
         (["p", "x" * 5000], "prompt 2: "),
-        (["p", "--max-num-seqs", "0"], "max_num_seqs must be at least 1, not 0"),
-        (["p", "--max-num-batched-tokens", "0"], "max_num_batched_tokens must be at least 1, not 0"),
+        (["p", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1, not 0."),
+        (["p", "--max-num-batched-tokens", "0"], "--max-num-batched-tokens must be at least 1, not 0."),
         (["p", "--max-model-len", "1000000"], "1000000"),
         (["p", "--device", "tpu"], "tpu"),
         (["p", "--template", "nosuch"], "nosuch"),
@@ -376,6 +376,14 @@ def test_bad_use_is_one_sentence(run, tmp_path, words, says):
     (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin1"))
     code, _, err = run(*words, "--max-tokens", "2")
     assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_bad_sampling_options_are_found_before_the_model_is_loaded(verb, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("puna.llm.LLM.__init__", lambda *_, **__: pytest.fail("the model was loaded"))
+    for words, says in ((["--top-p", "1.5"], "top_p must be"), (["--num-beams", "2", "--stop", "x"], "beam search")):
+        assert main([verb, str(tiny_checkpoint()), *words]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_whole_rows(run, monkeypatch, tmp_path):

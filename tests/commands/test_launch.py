@@ -140,7 +140,7 @@ def test_the_exit_code_of_a_rank_comes_back_with_one_sentence(tmp_path):
 @pytest.mark.slow
 def test_a_stopped_run_ends_without_a_traceback(tiny_checkpoint):
     model = str(tiny_checkpoint(max_position_embeddings=8192))
-    words = ["generate", model, "x", "--max-tokens", "8000", "--ignore-eos", "true"]
+    words = ["generate", model, "x", "--max-tokens", "8000", "--ignore-eos"]
     process = launch("--nproc", "1", *words, stdout=subprocess.PIPE)
     assert process.stdout.read(1)
     process.send_signal(signal.SIGTERM)

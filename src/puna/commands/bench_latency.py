@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puna.commands.shared_options import loading
 from puna.engine.options import EngineOptions
 from puna.errors import UserError
 from puna.options import CHECKPOINT, argument, option
@@ -23,12 +22,12 @@ class BenchOptions(EngineOptions):
     """What is timed."""
 
     model: str = argument(CHECKPOINT + "; with --load-format dummy also a preset (llama2-7b, llama3.1-8b ...)")
-    input_len: tuple[int, ...] = option((128, 512), "prompt lengths in tokens")
-    output_len: tuple[int, ...] = option((64,), "answer lengths in tokens")
-    batch_size: tuple[int, ...] = option((1, 4, 16), "requests at once")
+    input_len: tuple[int, ...] = option((128, 512), "prompt lengths in tokens", minimum=1)
+    output_len: tuple[int, ...] = option((64,), "answer lengths in tokens", minimum=1)
+    batch_size: tuple[int, ...] = option((1, 4, 16), "requests at once", minimum=1)
     seed: int = option(0, "of the random prompts and weights")
-    json: Path | None = option(None, "also write the table as JSON")
-    plot: Path | None = option(None, "also draw the table as a PNG")
+    json: Path | None = option(None, "also write the table as JSON", writes="file")
+    plot: Path | None = option(None, "also draw the table as a PNG", writes="file")
 
 
 @dataclass(kw_only=True)
@@ -43,8 +42,8 @@ class LatencyOptions(BenchOptions):
       puna bench latency tiny --load-format dummy --input-len 64 --json times.json --plot times.png
     """
 
-    warmup: int = option(1, "untimed rounds before the timed ones")
-    repeats: int = option(3, "timed rounds")
+    warmup: int = option(1, "untimed rounds before the timed ones", minimum=0)
+    repeats: int = option(3, "timed rounds", minimum=1)
 
 
 def run(options: LatencyOptions) -> int:
@@ -52,9 +51,7 @@ def run(options: LatencyOptions) -> int:
     from puna.bench.latency import PANELS, read_bandwidth, time_grid
 
     if min(options.output_len) < 2:
-        raise UserError("--output-len must be 2 or more: decode is what follows the first token")
-    if options.repeats < 1 or options.warmup < 0:
-        raise UserError("--repeats must be 1 or more, --warmup 0 or more")
+        raise UserError("--output-len must be at least 2: decoding begins with the second token.")
     shapes = list(product(options.input_len, options.output_len, options.batch_size))
     with load_model(options, max(options.input_len) + max(options.output_len)) as llm:
         bandwidth = read_bandwidth(llm.device)
@@ -67,10 +64,8 @@ def load_model(options: BenchOptions, longest: int) -> LLM:
     """The model, sure to hold requests of `longest` tokens."""
     from puna.llm import LLM
 
-    if min(*options.input_len, *options.output_len, *options.batch_size) < 1:
-        raise UserError("lengths and batch sizes must be 1 or more")
-    wanted = loading(options) | {"seed": options.seed, "max_num_seqs": max(options.max_num_seqs, *options.batch_size)}
-    llm = LLM(**wanted)
+    sequences = max(options.max_num_seqs, *options.batch_size)
+    llm = LLM(**options.arguments() | {"max_num_seqs": sequences}, seed=options.seed, quiet=False)
     if longest > llm.max_model_len:
         raise UserError(
             f"--input-len and --output-len come to {longest} tokens, the context is {llm.max_model_len}: shorten them"

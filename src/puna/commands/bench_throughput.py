@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 from puna.commands.bench_latency import BenchOptions, load_model, publish
-from puna.errors import UserError
 from puna.options import option
 
 
@@ -24,7 +23,7 @@ class ThroughputOptions(BenchOptions):
       puna bench throughput smollm2-135m-instruct --dataset conversations.json --batch-size 16
     """
 
-    num_prompts: int = option(64, "requests per line of the table")
+    num_prompts: int = option(64, "requests per line of the table", minimum=1)
     dataset: Path | None = option(None, "a ShareGPT-style JSON file; its lengths replace the grid")
 
 
@@ -32,8 +31,6 @@ def run(options: ThroughputOptions) -> int:
     """Runs each queue and publishes the table."""
     from puna.bench.throughput import PANELS, Queue, read_conversations, sample_lengths, time_queues
 
-    if options.num_prompts < 1:
-        raise UserError("--num-prompts must be 1 or more")
     conversations = read_conversations(options.dataset) if options.dataset else []
     rng = random.Random(options.seed)
     with load_model(options, 0 if options.dataset else max(options.input_len) + max(options.output_len)) as llm:

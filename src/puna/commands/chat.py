@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from puna.commands.shared_options import SamplingOptions, loading, sampling
 from puna.engine.options import EngineOptions
+from puna.engine.sampling_params import SamplingParams
 from puna.errors import UserError, nearest
-from puna.options import option
+from puna.options import option, overrides
 
 if TYPE_CHECKING:
-    from puna.engine.sampling_params import SamplingParams
     from puna.llm import LLM
 
 Message = dict[str, str]
@@ -31,7 +30,7 @@ COMMANDS = (*LEAVE, *START_OVER, "system", "help")
 
 
 @dataclass(kw_only=True)
-class ChatOptions(EngineOptions, SamplingOptions):
+class ChatOptions(EngineOptions):
     """Talk with a model.
 
     The answer streams to stdout, everything else goes to stderr. In the chat: q, quit or exit leave; clear or new start
@@ -46,17 +45,19 @@ class ChatOptions(EngineOptions, SamplingOptions):
 
     system: str | None = option(None, "system message; the template's own when not given")
     verbose: bool = option(False, "say after each answer how many tokens it took and how fast they came")
+    sampling: dict[str, Any] = overrides(SamplingParams)
 
 
 def run(options: ChatOptions) -> int:
     """Talks until the user leaves or the input ends."""
     from puna.llm import LLM
 
-    given = sampling(options)
+    given = options.sampling
+    SamplingParams().merged(given)  # refuses bad values before the model is loaded
     for name in ("n", "num_beams", "logprobs", "prompt_logprobs"):
         if name in given:
             raise UserError(f"puna chat streams one answer and has no use for --{name.replace('_', '-')}; leave it out")
-    with LLM(**loading(options)) as llm:
+    with LLM(**options.arguments(), quiet=False) as llm:
         terminal = sys.stdin.isatty()
         if terminal:
             _note("Type a message, /help for the commands, q to leave.")

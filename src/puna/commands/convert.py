@@ -24,7 +24,7 @@ class ConvertOptions(WriteOptions):
     """
 
     src: str = argument(CHECKPOINT)
-    dst: Path = argument("what to write: a directory, or for gguf a file")
+    dst: Path = argument("what to write: a directory, or for gguf a file", writes="file or folder")
     to: str = option(MISSING, TO, old_values=OLD_NAMES)
     dtype: str = option("auto", f"{DTYPE}; auto keeps each tensor's own")
     vocab_size: int | None = option(None, "tokens of the source's vocabulary; rows beyond are padding and left out")

@@ -22,10 +22,10 @@ class ShowOptions:
 
     prefix: str = argument("prefix of the data, as data/alpaca_train; of a preference both sides are shown")
     tokenizer: str | None = option(None, CHECKPOINT + "; the one that the data were made with when not given")
-    samples: int = option(5, "number of samples")
-    start: int = option(0, "number of the first")
-    max_tokens: int = option(2000, "most tokens of a sample that are shown")
-    html: Path | None = option(None, "write a page instead of printing")
+    samples: int = option(5, "number of samples", minimum=1)
+    start: int = option(0, "number of the first", minimum=0)
+    max_tokens: int = option(2000, "most tokens of a sample that are shown", minimum=1)
+    html: Path | None = option(None, "write a page instead of printing", writes="file")
 
 
 def run(options: ShowOptions) -> None:

@@ -65,7 +65,7 @@ class DemoOptions:
     """
 
     model: str = option("smollm2-135m-instruct", "the checkpoint that the demo imports")
-    out: Path = option(Path("demo"), "folder for the imported checkpoint, the answers and the plot")
+    out: Path = option(Path("demo"), "folder for the imported checkpoint, the answers and the plot", writes="folder")
 
 
 def run(options: DemoOptions) -> int:

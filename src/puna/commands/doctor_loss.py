@@ -25,9 +25,9 @@ class DoctorLossOptions:
 
     a: Path = argument("a run's folder or metrics.jsonl, the reference")
     b: Path = argument("the other run")
-    relative: float = option(0.02, "limit of the mean relative difference")
-    absolute: float = option(0.005, "limit of the mean absolute difference")
-    plot: Path | None = option(None, "also draw both as a PNG")
+    relative: float = option(0.02, "limit of the mean relative difference", minimum=0)
+    absolute: float = option(0.005, "limit of the mean absolute difference", minimum=0)
+    plot: Path | None = option(None, "also draw both as a PNG", writes="file")
     json: bool = option(False, "print JSON")
 
 

@@ -19,25 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from puna.commands.generate_input import Record, Row, RowReader, open_lines
-from puna.commands.shared_options import SamplingOptions, loading, sampling
 from puna.engine.options import EngineOptions
+from puna.engine.sampling_params import SamplingParams
 from puna.errors import UserError
 from puna.files import sha256
-from puna.options import argument, option
+from puna.options import argument, option, overrides
 from puna.progress import meter
 
 if TYPE_CHECKING:
     from puna.engine.outputs import Logprob
-    from puna.engine.sampling_params import SamplingParams
     from puna.llm import LLM
     from puna.tokenizer import Tokenizer
 
 WINDOW = 4  # rows held, in units of max_num_seqs: the batch stays full behind one long answer
-Load = Callable[[], tuple["LLM", "SamplingParams"]]
+Load = Callable[[], tuple["LLM", SamplingParams]]
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(EngineOptions, SamplingOptions):
+class GenerateOptions(EngineOptions):
     """Complete one prompt or thousands.
 
     Prompts are arguments, a text file with one prompt a line, JSONL, or stdin. A JSONL row is {"prompt": "..."} or
@@ -57,9 +56,12 @@ class GenerateOptions(EngineOptions, SamplingOptions):
     prompt: tuple[str, ...] = argument("prompts; without any and without --file, all of stdin is one", default=())
     file: str | None = option(None, "prompts: a .jsonl file, a text file with one a line, or - for stdin")
     jsonl: bool = option(False, "--file is JSONL whatever its name, and JSONL is printed")
-    out: Path | None = option(None, "write JSONL here; rows that it already holds are not generated again")
+    out: Path | None = option(
+        None, "write JSONL here; rows that it already holds are not generated again", writes="file"
+    )
     chat: bool = option(False, "a prompt is a user's message: apply the chat template")
     system: str | None = option(None, "system message of --chat")
+    sampling: Record = overrides(SamplingParams)
 
 
 def run(options: GenerateOptions) -> int:
@@ -68,12 +70,13 @@ def run(options: GenerateOptions) -> int:
 
     _check(options)
     jsonl = options.jsonl or (options.file or "").endswith((".jsonl", ".ndjson"))
-    given = sampling(options)
+    given = options.sampling
+    SamplingParams().merged(given)  # refuses bad values before the model is loaded
     with ExitStack() as stack:
 
         @cache
         def load() -> tuple[LLM, SamplingParams]:
-            llm = stack.enter_context(LLM(**loading(options)))
+            llm = stack.enter_context(LLM(**options.arguments(), quiet=False))
             return llm, llm.defaults.merged(given)
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from puna.commands.shared_options import SamplingOptions
+from puna.engine.sampling_params import SamplingParams
 from puna.errors import UserError
 from puna.options import convert_all
 
@@ -84,7 +84,8 @@ class RowReader:
             row.prompt = prompt
         else:
             raise UserError('"prompt" is text, or without --chat a list of token ids.')
-        row.options = convert_all(SamplingOptions, {ALIASES.get(key, key): data[key] for key in data}, "the row")
+        given = {ALIASES.get(key, key): value for key, value in data.items() if value is not None}
+        row.options = convert_all(SamplingParams, given, "the row")
 
     def _ask(self, prompt: str) -> Any:
         return self._with_system([{"role": "user", "content": prompt}]) if self.chat else prompt

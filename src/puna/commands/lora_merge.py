@@ -24,7 +24,7 @@ class LoraMergeOptions(WriteOptions):
 
     model: str = argument(CHECKPOINT)
     adapter: Path = argument("directory of an adapter in peft's layout: adapter_config.json, adapter_model.safetensors")
-    dst: Path = argument("what to write: a directory, or for gguf a file")
+    dst: Path = argument("what to write: a directory, or for gguf a file", writes="file or folder")
     to: str = option("hf", TO, old_values=OLD_NAMES)
     dtype: str = option("auto", f"{DTYPE}; auto is the one that the model is stored in")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")

@@ -26,7 +26,9 @@ class PrepareOptions:
     """
 
     src: tuple[str, ...] = argument("files, folders, globs or Hub datasets (org/name)")
-    out: Path = option(MISSING, "prefix of what is written: OUT_train_text_document.bin, OUT.json and so on")
+    out: Path = option(
+        MISSING, "prefix of what is written: OUT_train_text_document.bin, OUT.json and so on", writes="prefix"
+    )
     tokenizer: str = option(MISSING, CHECKPOINT + ", or a tokenizer file; its template is used too")
     handler: str = option("auto", f"format of the rows: {', '.join(HANDLERS)}; auto detects it by their fields")
     template: str | None = option(
@@ -40,8 +42,10 @@ class PrepareOptions:
     documents: Literal["line", "paragraph", "file"] = option("line", "unit of text files that is a document")
     append_eos: bool = option(True, "end every document with the EOS token")
     special_tokens: bool = option(False, "recognise special tokens that documents spell, as rendered conversations do")
-    validation: float = option(0.01, "fraction of the samples, by their hash, held out for validation; 0 for no split")
-    workers: int | None = option(None, "processes; all cores when not given")
+    validation: float = option(
+        0.01, "fraction of the samples, by their hash, held out for validation; 0 for no split", minimum=0
+    )
+    workers: int | None = option(None, "processes; all cores when not given", minimum=1)
     engine: Literal["local", "ray"] = option(
         "local", "ray: as a Ray Data job on the cluster that this machine belongs to"
     )

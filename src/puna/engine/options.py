@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puna.options import CHECKPOINT, argument, option
 
@@ -33,11 +33,17 @@ class EngineOptions:
     add_bos: bool | None = option(
         None, "begin texts with BOS (conversations: as the template does); the checkpoint's rule when not given"
     )
-    max_model_len: int | None = option(None, "longest prompt plus answer, in tokens; the config's own when not given")
+    max_model_len: int | None = option(
+        None, "longest prompt plus answer, in tokens; the config's own when not given", minimum=2
+    )
     kv_cache_tokens: int | None = option(
-        None, "tokens that the KV cache holds; sized from free memory when not given", aliases=("kv_tokens",)
+        None, "tokens that the KV cache holds; sized from free memory when not given", aliases=("kv_tokens",), minimum=1
     )
     max_num_batched_tokens: int = option(
-        2048, "tokens computed in one step, prompts and answers together", aliases=("max_batch_tokens",)
+        2048, "tokens computed in one step, prompts and answers together", aliases=("max_batch_tokens",), minimum=1
     )
-    max_num_seqs: int = option(256, "sequences that run at once")
+    max_num_seqs: int = option(256, "sequences that run at once", minimum=1)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `LLM`, for a verb whose options extend these."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(EngineOptions)}

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from puna.errors import UserError, nearest
+from puna.options import option
 
 # Bounds of what one request may cost, far beyond ordinary use.
 MAX_LOGPROBS = 1024  # alternatives for each token
@@ -60,36 +61,41 @@ _HF_SAME = (
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue one prompt.
+    """How tokens are chosen.
 
+    On the command line, what is not given comes from the checkpoint's generation_config.json, else the defaults here.
     Raises UserError for a value out of its range and for values that contradict each other.
     """
 
-    max_tokens: int | None = None  # new tokens; None = up to the context; 0 with prompt_logprobs scores the prompt only
-    min_tokens: int = 0  # before this many, end tokens are banned and stop strings do not count
-    n: int = 1  # completions of the prompt
-    temperature: float = 0.0  # 0 = greedy
-    top_k: int = 0  # 0 (or -1) = off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0  # over prompt and output, CTRL (arXiv:1909.05858)
-    presence_penalty: float = 0.0  # over the output, as in the OpenAI API
-    frequency_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0  # no sequence of this many tokens twice in prompt and output; 0 = off
-    bad_words: tuple[str, ...] = ()  # texts that are never completed
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    logprobs: int | None = None  # alternatives per output token; 0 = the chosen token's only
-    prompt_logprobs: int | None = None
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False  # False, True or "never", as in transformers
-    skip_special_tokens: bool = True
+    max_tokens: int | None = option(
+        None, "most new tokens; up to the context when not given; 0 with --prompt-logprobs only scores the prompt"
+    )
+    min_tokens: int = option(0, "before this many, end tokens are banned and stop strings do not count")
+    temperature: float = option(0.0, "0 is greedy; 1 samples the model's own distribution")
+    top_p: float = option(1.0, "sample among the likeliest tokens that together reach this probability")
+    top_k: int = option(0, "sample among this many likeliest tokens; 0 is all")
+    min_p: float = option(0.0, "drop tokens less likely than this fraction of the likeliest")
+    typical_p: float = option(1.0, "locally typical sampling; 1 is off")
+    # over prompt and output, CTRL (arXiv:1909.05858)
+    repetition_penalty: float = option(1.0, "above 1 makes tokens that occurred in prompt or output less likely")
+    # over the output, as in the OpenAI API
+    presence_penalty: float = option(0.0, "subtracted once from tokens of the output so far")
+    frequency_penalty: float = option(0.0, "subtracted per occurrence from tokens of the output so far")
+    no_repeat_ngram_size: int = option(0, "no sequence of this many tokens twice in prompt and output; 0 is off")
+    bad_words: tuple[str, ...] = option((), "texts that are never completed; repeat for several", escapes=True)
+    logit_bias: Mapping[int, float] | None = option(None, "added to the logits of token ids, as in '{13: -100}'")
+    seed: int | None = option(None, "makes sampling repeatable")
+    stop: tuple[str, ...] = option((), r"end before this text, such as '\n'; repeat for several", escapes=True)
+    stop_token_ids: tuple[int, ...] = option((), "end at any of these token ids")
+    ignore_eos: bool = option(False, "generate beyond end tokens, to time fixed lengths")
+    include_stop_str_in_output: bool = option(False, "keep the stop string in the text", aliases=("include_stop",))
+    skip_special_tokens: bool = option(True, "remove special tokens from the text")
+    n: int = option(1, "completions of each prompt")
+    num_beams: int = option(1, "beam search with this many beams; 1 is off")
+    length_penalty: float = option(1.0, "beam search: above 0 prefers longer answers")
+    early_stopping: bool | Literal["never"] = option(False, "beam search: when to stop, as in transformers")
+    logprobs: int | None = option(None, "log-probability of each new token and of this many likeliest; 0: no others")
+    prompt_logprobs: int | None = option(None, "the same for the tokens of the prompt")
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the dataclass is frozen; JSON spellings become one spelling here
