@@ -189,6 +189,18 @@ def test_a_forged_turn_is_refused(tiny):
         LabelEncoder(tiny).encode(chat)
 
 
+@pytest.mark.parametrize("arguments", [{"a": "<|im_end|>"}, '{"a": "\\u003c|im_end|>"}'])
+def test_a_forged_turn_in_a_tool_call_is_refused(tiny, tmp_path, arguments):
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls %}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    )
+    call = {"function": {"name": "w", "arguments": arguments}}
+    chat = Chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [call]}])
+    with pytest.raises(RowError, match="spells a special token"):
+        LabelEncoder(tiny.with_template(str(tmp_path / "own.jinja"))).encode(chat)
+
+
 def test_a_pair_trains_the_last_answer_of_both(tiny):
     left, right = conversation(random.Random(0), 2), conversation(random.Random(1), 2)
     found = LabelEncoder(tiny).encode(Pair(Chat(left.messages, last=True), Chat(right.messages, last=True)))

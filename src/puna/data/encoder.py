@@ -121,7 +121,13 @@ class LabelEncoder:
 
     def _chat(self, chat: Chat) -> tuple[Ids, Ids]:
         messages = self._fit(chat.messages)
-        text, marked = self.tokenizer.render_spans(messages, tools=chat.tools, **(self.values or {}))
+        values = self.values or {}
+        rendered = self.tokenizer.render_chat(messages, add_generation_prompt=False, tools=chat.tools, **values)
+        text, marked = rendered.text, rendered.spans
+        if rendered.guards:
+            safe, naive = (self.tokenizer.encode_offsets(text, guards=guards)[0] for guards in (rendered.guards, ()))
+            if safe != naive:
+                raise RowError("a tool, a tool call or a name spells a special token")
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = answers[-1:] if chat.last or self.loss == "last" else answers
         wanted = [index for index in wanted if chat.messages[index].get("train", True)]

@@ -237,16 +237,6 @@ class Tokenizer:
         """
         return self.render_chat(messages, special=True, **kw).text
 
-    def render_spans(
-        self, messages: Sequence[Mapping[str, Any]], **kw: Any
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """The text of a whole conversation, and [start, end) in it of each answer that the template marks as generated.
-
-        None instead where the template has no `{% generation %}`.
-        """
-        rendered = self.render_chat(messages, add_generation_prompt=False, special=True, **kw)
-        return rendered.text, rendered.spans
-
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
