@@ -123,7 +123,7 @@ def test_only_what_is_trained_and_never_nothing():
     model[0].requires_grad_(False)
     optimizer = make_optimizer(dict(model.named_parameters()), OptimOptions())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
-    with pytest.raises(UserError, match="nothing is trained"):
+    with pytest.raises(UserError, match="Nothing is trained"):
         make_optimizer(dict(model.requires_grad_(False).named_parameters()), OptimOptions())
 
 
@@ -134,7 +134,7 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 def test_8_bit_averages_are_of_one_process():
-    with pytest.raises(UserError, match="adamw8bit keeps its averages in blocks"):
+    with pytest.raises(UserError, match="adamw8bit keeps its state in blocks"):
         check_optim(OptimOptions(name="adamw8bit"), ranks=2)
 
 

@@ -323,12 +323,12 @@ def test_samples_that_were_cut_are_reported(stores, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"eval_every": -1}, "eval_every must be at least 0, not -1"),
-        ({"eval_rows": 0}, "eval_rows must be at least 1"),
+        ({"eval_every": -1}, "eval-every must be at least 0, not -1"),
+        ({"eval_rows": 0}, "eval-rows must be at least 1"),
         ({"checkpoint.every": -5}, "checkpoint.every must be at least 0, not -5"),
         ({"log.every": 0}, "log.every must be at least 1, not 0"),
-        ({"log.stall": 0}, "log.stall must be above 0"),
-        ({"max_skipped": 0}, "max_skipped must be at least 1"),
+        ({"log.stall": 0}, "log.stall must be above 0, not 0"),
+        ({"max_skipped": 0}, "max-skipped must be at least 1"),
         ({"schedule.warmup_steps": 7}, "schedule.warmup_steps 7 is longer than the run of 6 steps"),
     ],
 )

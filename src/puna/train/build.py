@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -48,23 +47,9 @@ Read = Callable[[str, tuple[slice, ...]], Tensor]
 
 
 def check(options: TrainOptions) -> None:
-    """Raises UserError for values of options that have no meaning."""
-    least = {"batch_size": 1, "micro_batch_size": 1, "data.seq_len": 1, "loss_chunk": 1, "max_skipped": 1,
-             "eval_every": 0, "eval_rows": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "log.every": 1}  # fmt: skip
-    for name, minimum in least.items():
-        value = attrgetter(name)(options)
-        if value < minimum:
-            raise UserError(f"{name} must be at least {minimum}, not {value}.")
-    above = {"log.spike": options.log.spike, "log.stall": options.log.stall}
-    if options.log.peak_tflops is not None:
-        above["log.peak_tflops"] = options.log.peak_tflops
-    for name, value in above.items():
-        if value <= 0:
-            raise UserError(f"{name} must be above 0, not {value:g}.")
-    if options.steps is not None and options.steps < 1 or options.epochs <= 0:
-        raise UserError("steps must be at least 1, epochs above 0.")
+    """Raises UserError for options that contradict one another; bounds of single values are the parser's."""
     if options.data.weights and len(options.data.weights) != len(options.data.train):
-        raise UserError("data.weights needs a number for every store of data.train.")
+        raise UserError("data.weights needs a number for every prefix of data.train.")
     if options.model.weights == "random" and (options.lora.rank or options.lora.init):
         raise UserError("LoRA trains updates of a checkpoint, not of random weights: leave lora.* out.")
     check_optim(options.optim)

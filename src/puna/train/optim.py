@@ -1,4 +1,4 @@
-"""The optimizers, from torch and from libraries that keep them well, and which weights decay."""
+"""The optimizers, of torch and torchao, and the parameter groups for weight decay."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 def check_optim(options: OptimOptions, ranks: int = 1) -> None:
-    """Raises UserError for values that no optimizer can have, and for one that `ranks` processes can't share."""
+    """Raises UserError for values that are not possible, and for an optimizer that can't run on `ranks` processes."""
     if options.name == "adamw8bit" and ranks > 1:
         raise UserError(
-            "optim.name adamw8bit keeps its averages in blocks that can't be cut again: use it on one device, or"
-            " optim.state bf16 on several"
+            "optim.name adamw8bit keeps its state in blocks that can't be sharded: use it on one device, or"
+            " optim.state bf16 on several."
         )
     betas = options.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -45,13 +45,13 @@ def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], options: OptimO
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimOptions) -> torch.optim.Optimizer:
-    """The optimizer of those named parameters that are trained; all have one type.
+    """The optimizer of the trained ones of the named parameters, which all have one dtype.
 
-    The rate is set before every step, from the schedule. Raises UserError when a library is missing.
+    The schedule sets the learning rate before every step. Raises UserError when a library is missing.
     """
     groups = decay_groups(parameters.items(), options)
     if not groups:
-        raise UserError("nothing is trained: every parameter is frozen.")
+        raise UserError("Nothing is trained: every parameter is frozen.")
     adam: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
     if options.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=options.lr)
@@ -69,18 +69,18 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimOptions
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step, a number would be a constant of it
+        if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step, where a number would be a constant
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
 
 
 def for_disk(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with 8-bit averages as the plain tensors that they consist of, in the same memory.
+    """The state with 8-bit tensors as the plain tensors that they consist of, in the same memory.
 
-    torch.distributed.checkpoint knows no such type; what it loads into these tensors is in the averages too.
+    torch.distributed.checkpoint doesn't know torchao's type; what it loads into the plain tensors is in the state too.
     """
     optimizer: dict[str, Any] = {}
     for name, value in state["optimizer"].items():
@@ -92,10 +92,9 @@ def for_disk(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class AdamWOwnState(torch.optim.AdamW):
-    """AdamW whose two averages are kept in another type than the weights: bfloat16 beside float32, or the reverse.
+    """AdamW whose state has another dtype than the weights: bfloat16 beside float32, or the reverse.
 
-    torch's kernel wants one type for all. So each weight in turn is widened, updated, and rounded back; one wide copy
-    exists at a time.
+    torch's kernel takes one dtype for all. So one weight at a time is widened, updated, and rounded back.
     """
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **adam: Any) -> None:
@@ -104,7 +103,7 @@ class AdamWOwnState(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update. `closure` is there for the signature's sake and must be None."""
+        """One update. `closure` must be None; the signature is torch's."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

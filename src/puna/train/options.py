@@ -1,4 +1,4 @@
-"""What a training run can be told, by groups: the keys of a run's YAML file. Imports no torch."""
+"""The options of `puna train` by groups: the keys of a run's YAML file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ Precision = Literal["bf16-mixed", "bf16", "fp16-mixed", "fp32", "fp64"]
 class TrainModelOptions:
     """The model that is trained."""
 
-    name: str = option(MISSING, "checkpoint (path, Hub id, alias), or with weights: random also a preset (llama2-7b)")
+    name: str = option(MISSING, "checkpoint (path, Hub id, alias); with weights: random also a preset (llama2-7b)")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
-    weights: Literal["auto", "random"] = option("auto", "random: train from scratch, in the shape of `name`")
-    tokenizer: str | None = option(None, "where the tokenizer is, when `name` is a preset; goes into the result")
-    vocab_size: int | None = option(None, "random weights alone: as many ids; the preset's own when not given")
-    context: int | None = option(None, "random weights alone: longest sequence; the preset's own when not given")
+    weights: Literal["auto", "random"] = option("auto", "auto: those of the checkpoint; random: train from scratch")
+    tokenizer: str | None = option(None, "tokenizer of the result: a path or checkpoint; the model's when not given")
+    vocab_size: int | None = option(None, "random weights: vocabulary size; the preset's when not given", minimum=1)
+    context: int | None = option(None, "random weights: longest sequence; the preset's when not given", minimum=1)
 
 
 @dataclass(kw_only=True)
 class TrainDataOptions:
-    """The data, as `puna data prepare` wrote it."""
+    """Token data, as written by `puna data prepare`."""
 
-    train: tuple[str, ...] = option(MISSING, "prefixes of token stores")
-    weights: tuple[float, ...] = option((), "share of each store in the mixture; by their size when not given")
-    validation: tuple[str, ...] = option((), "prefixes of token stores for validation")
-    seq_len: int = option(2048, "tokens in a row")
-    packing: Literal["best_fit", "concat", "none"] = option("best_fit", "how samples are put into rows")
-    long: Literal["error", "cut", "drop"] = option("error", "what becomes of a sample that is longer than a row")
-    seed: int = option(0, "of the shuffle")
+    train: tuple[str, ...] = option(MISSING, "prefixes of the training data")
+    weights: tuple[float, ...] = option((), "weight of each prefix in the mixture; by size when not given", above=0)
+    validation: tuple[str, ...] = option((), "prefixes of the validation data")
+    seq_len: int = option(2048, "tokens in a row", minimum=1)
+    packing: Literal["best_fit", "concat", "none"] = option("best_fit", "how samples are packed into rows")
+    long: Literal["error", "cut", "drop"] = option("error", "treatment of samples longer than a row")
+    seed: int = option(0, "seed of the shuffle")
 
 
 @dataclass(kw_only=True)
 class OptimOptions:
-    """How weights change."""
+    """Optimizer."""
 
     name: Literal["adamw", "adamw8bit", "adafactor"] = option("adamw", "adamw8bit keeps its state in 8 bits (torchao)")
     lr: float = option(3e-4, "peak learning rate")
-    betas: tuple[float, ...] = option((0.9, 0.95), "decay of AdamW's two averages")
+    betas: tuple[float, ...] = option((0.9, 0.95), "AdamW's beta1 and beta2")
     eps: float = option(1e-8, "AdamW's epsilon")
-    weight_decay: float = option(0.1, "decoupled; norms and biases never decay")
+    weight_decay: float = option(0.1, "decoupled weight decay; norms and biases have none")
     decay_embeddings: bool = option(True, "apply weight decay to embeddings and output layer too")
-    state: Literal["fp32", "bf16"] = option("fp32", "data type of AdamW's averages")
-    clip: float = option(1.0, "largest norm of the gradient; 0 never clips")
-    z_loss: float = option(0.0, "weight of the squared log of the softmax' sum, which keeps logits small (1e-4)")
+    state: Literal["fp32", "bf16"] = option("fp32", "data type of AdamW's state")
+    clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
+    z_loss: float = option(0.0, "coefficient of the z-loss, the squared log of the softmax's sum (1e-4)")
 
 
 @dataclass(kw_only=True)
 class ScheduleOptions:
-    """How the learning rate goes over the run."""
+    """Learning-rate schedule."""
 
     name: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "wsd"] = option(
-        "cosine", "wsd: warm up, stay, decay"
+        "cosine", "wsd: warm-up, stable, decay"
     )
-    warmup_steps: int | None = option(None, "steps from 0 to the peak; warmup_ratio when not given")
-    warmup_ratio: float = option(0.0, "the same as a share of all steps")
-    min_lr: float = option(0.0, "where it ends")
-    cycles: int = option(1, "cosine_restarts: how often it starts again")
-    power: float = option(1.0, "polynomial: the exponent")
-    decay_ratio: float = option(0.1, "wsd: share of all steps that decays")
+    warmup_steps: int | None = option(None, "steps of linear warm-up; warmup_ratio when not given")
+    warmup_ratio: float = option(0.0, "warm-up as a fraction of all steps")
+    min_lr: float = option(0.0, "final learning rate")
+    cycles: int = option(1, "cosine_restarts: number of cycles")
+    power: float = option(1.0, "polynomial: exponent")
+    decay_ratio: float = option(0.1, "wsd: decay as a fraction of all steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,33 +77,33 @@ class TrainLoraOptions(LoraOptions):
 
 @dataclass(kw_only=True)
 class CheckpointOptions:
-    """What is saved, and taken up again."""
+    """Checkpointing."""
 
-    every: int = option(500, "steps between checkpoints; 0 saves at the end alone")
-    keep: int = option(2, "how many of the newest stay, beside the best by validation loss")
+    every: int = option(500, "steps between checkpoints; 0 saves at the end only", minimum=0)
+    keep: int = option(2, "number of newest checkpoints kept, beside the best by validation loss", minimum=1)
     asynchronous: bool = option(True, "write checkpoints in the background while training continues")
-    export_dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "of the result's weights")
+    export_dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "data type of the resulting model")
 
 
 @dataclass(kw_only=True)
 class LogOptions:
-    """What is shown and written down."""
+    """Logging."""
 
-    every: int = option(1, "steps between lines of metrics.jsonl")
-    tensorboard: bool = option(False, "also write TensorBoard's files (pip install 'puna[train]')")
-    wandb: str | None = option(None, "also log to this Weights & Biases project (pip install wandb)")
-    peak_tflops: float | None = option(None, "the device's peak for MFU, where puna doesn't know it")
-    spike: float = option(2.0, "name a step whose loss is above the recent mean by this much")
-    stall: float = option(300.0, "name a step that takes longer than this many seconds")
+    every: int = option(1, "steps between lines of metrics.jsonl; the loss of a line is their mean", minimum=1)
+    tensorboard: bool = option(False, "write TensorBoard files too (pip install 'puna[train]')")
+    wandb: str | None = option(None, "log to this Weights & Biases project too (pip install wandb)")
+    peak_tflops: float | None = option(None, "peak TFLOP/s of the device for MFU, where puna doesn't know it", above=0)
+    spike: float = option(2.0, "report a step whose loss exceeds the recent mean by this much", above=0)
+    stall: float = option(300.0, "report a step that takes longer than this many seconds", above=0)
 
 
 @dataclass(kw_only=True)
 class TrainOptions:
     """Train a model, in full or with LoRA, on one device or many.
 
-    Training starts from random weights or from a checkpoint. The run is a YAML file; every key can be given on the
-    command line too. Under torchrun, or `puna launch`, the ranks share the work as the mesh says. A run that was
-    stopped goes on where it was when it is started again.
+    Training starts from random weights, a checkpoint or an adapter. The run is a YAML file; every key is an option of
+    the command line too. Under torchrun or `puna launch` the ranks form the device mesh. The same command resumes a
+    run that was stopped.
 
     Examples:
       puna train run.yaml
@@ -111,26 +111,26 @@ class TrainOptions:
       torchrun --nproc-per-node 2 -m puna train run.yaml --mesh.tp 2
     """
 
-    out: Path = option(MISSING, "folder of the run: metrics, checkpoints, report, and at the end `model` or `adapter`")
-    steps: int | None = option(None, "optimizer steps; `epochs` over the data when not given")
-    epochs: float = option(1.0, "how often the data is seen, when steps is not given")
-    batch_size: int = option(8, "rows in a step, over all devices")
-    micro_batch_size: int = option(1, "rows that a device computes at once; the rest of its share is accumulated")
+    out: Path = option(MISSING, "folder of the run: metrics, checkpoints, report and the resulting model or adapter")
+    steps: int | None = option(None, "optimizer steps; by epochs when not given", minimum=1)
+    epochs: float = option(1.0, "passes over the data when steps is not given", above=0)
+    batch_size: int = option(8, "rows of a step, over all devices", minimum=1)
+    micro_batch_size: int = option(1, "rows that a device computes at once; gradients are accumulated", minimum=1)
     precision: Precision = option(
-        "bf16-mixed", "bf16-mixed and fp16-mixed keep weights in float32 and compute in 16 bits; bf16 holds all in 16"
+        "bf16-mixed", "bf16-mixed and fp16-mixed keep weights in float32 and compute in 16 bits; bf16 keeps all in 16"
     )
     recompute: Literal["none", "selective", "full"] = option(
-        "none", "activations computed again in the backward pass to save memory: of attention, or of whole layers"
+        "none", "activation checkpointing: of attention (selective) or of whole layers (full)"
     )
     compile: bool = option(False, "compile the model's blocks (torch.compile)")
-    loss_chunk: int = option(1024, "tokens whose logits exist at once")
-    device: str = option("auto", "cpu, cuda; auto takes a GPU when there is one")
-    seed: int = option(0, "of random weights and dropout")
-    resume: str = option("auto", "auto: from the newest whole checkpoint in `out`, if any; never; or a checkpoint")
-    on_nan: Literal["stop", "skip"] = option("stop", "a step whose loss or gradient is not finite: stop, or skip it")
-    max_skipped: int = option(10, "with on_nan skip: stop after this many skipped steps in a row")
-    eval_every: int = option(100, "steps between validations; 0 validates at the end alone")
-    eval_rows: int = option(64, "rows of a validation")
+    loss_chunk: int = option(1024, "tokens whose logits exist at once", minimum=1)
+    device: str = option("auto", "cpu or cuda; auto takes a GPU when there is one")
+    seed: int = option(0, "seed of random weights and dropout")
+    resume: str = option("auto", "auto: from the newest complete checkpoint in `out`; never; or the path of one")
+    on_nan: Literal["stop", "skip"] = option("stop", "what to do in a step whose loss or gradient is not finite")
+    max_skipped: int = option(10, "with on_nan skip: stop after this many skipped steps in a row", minimum=1)
+    eval_every: int = option(100, "steps between validations; 0 validates at checkpoints and at the end", minimum=0)
+    eval_rows: int = option(64, "rows of a validation", minimum=1)
     model: TrainModelOptions = group(TrainModelOptions)
     data: TrainDataOptions = group(TrainDataOptions)
     optim: OptimOptions = group(OptimOptions)

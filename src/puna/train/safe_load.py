@@ -1,7 +1,7 @@
-"""Reading what torch.distributed.checkpoint wrote, without running code that a file asks for.
+"""Loading checkpoints of torch.distributed.checkpoint without running code from their files.
 
-Its metadata is a pickle, and single values in it are loaded by unrestricted `torch.load`. Here both know only the types
-that a checkpoint of tensors and numbers needs.
+Their metadata is a pickle, and single values are loaded by an unrestricted `torch.load`. Here both are restricted to
+the types that a checkpoint of tensors and numbers needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from puna.errors import UserError
 
-# module -> names; what the pickle of a checkpoint's metadata refers to (torch 2.11 to 2.13)
+# module -> names that the pickle of a checkpoint's metadata refers to (torch 2.11 to 2.13)
 ALLOWED: dict[str, set[str]] = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -73,7 +73,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def load_state(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fill `state` in place from what any layout saved in `folder`. Collective over `group`; None in one process.
+    """Fill `state` in place from what any parallel layout saved in `folder`; collective over `group`, if any.
 
     Raises UserError when the folder holds something else.
     """

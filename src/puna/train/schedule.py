@@ -13,22 +13,22 @@ from puna.train.options import ScheduleOptions
 
 
 def check_schedule(options: ScheduleOptions, lr: float) -> None:
-    """Raises UserError for values that no schedule can have."""
+    """Raises UserError for values that are not possible."""
     if not 0 <= options.min_lr <= lr:
         raise UserError(f"schedule.min_lr {options.min_lr:g} must lie between 0 and optim.lr {lr:g}.")
     if not 0 <= options.warmup_ratio < 1 or (options.warmup_steps or 0) < 0:
-        raise UserError("schedule: warmup_ratio is a share of the steps from 0 to below 1, warmup_steps 0 or more.")
+        raise UserError("schedule: warmup_ratio must be at least 0 and below 1, warmup_steps at least 0.")
     if options.cycles < 1 or options.power <= 0 or not 0 < options.decay_ratio <= 1:
-        raise UserError("schedule: cycles must be 1 or more, power above 0, decay_ratio above 0 and at most 1.")
+        raise UserError("schedule: cycles must be at least 1, power above 0, decay_ratio above 0 and at most 1.")
 
 
 def warmup(options: ScheduleOptions, steps: int) -> int:
-    """Steps of the warm-up of a run of `steps`."""
+    """Number of warm-up steps in a run of `steps`."""
     return math.ceil(steps * options.warmup_ratio) if options.warmup_steps is None else options.warmup_steps
 
 
 def check_warmup(options: ScheduleOptions, steps: int) -> None:
-    """Raises UserError for a warm-up that a run of `steps` would never complete."""
+    """Raises UserError for a warm-up longer than a run of `steps`."""
     if warmup(options, steps) > steps:
         raise UserError(
             f"schedule.warmup_steps {options.warmup_steps} is longer than the run of {steps} steps: lower it."
@@ -36,7 +36,7 @@ def check_warmup(options: ScheduleOptions, steps: int) -> None:
 
 
 def learning_rate(options: ScheduleOptions, lr: float, step: int, steps: int) -> float:
-    """The rate of step `step`, counted from 0, of a run of `steps`."""
+    """The learning rate of step `step`, counted from 0, of a run of `steps`."""
     ramp = warmup(options, steps)
     if step < ramp:
         return lr * step / ramp
@@ -44,7 +44,7 @@ def learning_rate(options: ScheduleOptions, lr: float, step: int, steps: int) ->
 
 
 def _factor(options: ScheduleOptions, done: int, after: int, steps: int) -> float:
-    """The share of the way from min_lr to lr, `done` steps of the `after` that follow the warm-up."""
+    """The fraction between min_lr (0) and lr (1) after `done` of the `after` steps that follow the warm-up."""
     progress = min(1.0, done / after)
     match options.name:
         case "linear":
