@@ -104,7 +104,7 @@ def lora_run(stores, tiny_checkpoint, tmp_path_factory):
         ({"precision": "bf16-mixed"}, "its precision is fp32, not bf16-mixed"),
         ({"optim.state": "bf16"}, "its optimizer state is fp32, not bf16"),
         ({"model.name": "other"}, "its base belongs to other weights"),
-        ({"data.seq_len": 16}, "the data are not those"),
+        ({"data.seq_len": 16}, "The data are not those"),
     ],
 )
 def test_another_run_is_refused(stores, lora_run, tiny_checkpoint, changes, says):
