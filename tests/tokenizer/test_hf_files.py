@@ -172,3 +172,20 @@ def test_gguf_says_that_it_cannot_hold_legacy_false(spm, tmp_path):
     assert Tokenizer.from_gguf(exact.to_gguf()).encode("a</s>b  c") == exact.encode("a</s>b  c")
     old = write(tmp_path / "old", spm, CONFIG | {"legacy": True})
     assert Tokenizer.from_gguf(old.to_gguf()).encode("a</s>b  c") == old.encode("a</s>b  c")
+
+
+def test_fingerprint_sees_attributes(spm, tmp_path):
+    token = {"content": "<|turn|>", "special": True}
+    index = str(write(tmp_path / "bare", spm, CONFIG).vocab_size)
+    prints = {
+        write(tmp_path / name, spm, CONFIG | {"added_tokens_decoder": {index: token | {name: True}}}).fingerprint()
+        for name in ("lstrip", "rstrip", "single_word", "special")
+    }
+    assert len(prints) == 4
+
+
+def test_json_that_nests_too_deeply_is_one_sentence(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        Tokenizer.load(tmp_path)

@@ -12,7 +12,7 @@ from puna.errors import UserError
 from puna.tokenizer import sentencepiece_model, tiktoken_bpe
 from puna.tokenizer.bpe_patterns import ADDS_BOS, NAMES, pre_name
 from puna.tokenizer.sentencepiece_model import BYTE, BYTE_PIECE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece
-from puna.tokenizer.spec import TokenizerSpec, add_tokens, added_token, flatten, set_ends, state
+from puna.tokenizer.spec import TokenizerSpec, add_tokens, added_token, flatten, set_ends, state, strips
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -154,8 +154,8 @@ def write_gguf(spec: TokenizerSpec) -> dict[str, Any]:
 
 def not_in_gguf(token: AddedToken, index: int) -> UserError:
     """The error for an added token around which llama.cpp would split a text in another way."""
-    said = [name for name in ("lstrip", "rstrip", "single_word", "normalized") if getattr(token, name)]
-    reason = f"has {' and '.join(said)}" if said else "has its own rule for the spaces around it"
+    named = strips(token) + ["normalized"] * token.normalized
+    reason = f"has {' and '.join(named)}" if named else "has its own rule for the spaces around it"
     return UserError(
         f"The added token {token.content!r} (id {index}) {reason}, for which GGUF has no field, so llama.cpp would "
         "tokenise the text around it differently; keep the checkpoint in the Hugging Face layout."

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object; fetch it again.")
@@ -101,6 +101,11 @@ def check_count(added: int) -> None:
 def same_attributes(a: AddedToken, b: AddedToken) -> bool:
     """Whether two added tokens match and count the same way; `==` of the library compares the spelling alone."""
     return bool(a.__getstate__() == b.__getstate__())
+
+
+def strips(token: AddedToken) -> list[str]:
+    """The names of the attributes by which an added token reaches beyond its spelling."""
+    return [name for name in ("lstrip", "rstrip", "single_word") if getattr(token, name)]
 
 
 def probes(token: str) -> list[str]:

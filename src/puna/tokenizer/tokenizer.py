@@ -26,7 +26,7 @@ from puna.tokenizer.conversation import Rendered, render_conversation
 from puna.tokenizer.detokenizer import Detokenizer, IncrementalDetokenizer
 from puna.tokenizer.gguf_fields import not_in_gguf, read_gguf, write_gguf
 from puna.tokenizer.panics import panics_refused
-from puna.tokenizer.spec import TokenizerSpec, flatten, probes, state
+from puna.tokenizer.spec import TokenizerSpec, flatten, probes, state, strips
 from puna.tokenizer.special_tokens import SpecialSpellings, front
 from puna.tokenizer.stop_tokens import end_of_answer, spelled_ends
 from puna.tokenizer.tiktoken_bpe import read_tiktoken
@@ -306,9 +306,11 @@ class Tokenizer:
             "merges": merges,
             "words": patterns(self._backend) or state(self._backend.pre_tokenizer),
             "normalizer": state(self._backend.normalizer),
-            "added": [[index, token.content, token.special] for index, token in sorted(added.items())],
+            "added": [[index, token.content, token.special, *strips(token)] for index, token in sorted(added.items())],
             "ends": [self.bos_id, self.eos_id, self.unk_id, self.pad_id, self.add_bos, self.add_eos],
         }
+        if spec.unused:
+            facts["unused"] = sorted(spec.unused.items())
         if template:
             facts |= {"stops": sorted(self.stop_ids), "templates": spec.templates}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
