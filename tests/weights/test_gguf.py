@@ -5,8 +5,10 @@ The gguf package, llama.cpp's formulas and llama.cpp itself are the references.
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.tokenizer import Tokenizer
 from puna.weights.checkpoint import Checkpoint, TensorInfo, check_tensors
+from puna.weights.convert import convert
 from puna.weights.formats.gguf.container import read_gguf, write_file
 from puna.weights.formats.gguf.names import gguf_name, hf_name, metadata_from
 from puna.weights.formats.gguf.reader import open_gguf
@@ -285,6 +288,85 @@ def test_split_files_are_read_by_any_part_and_by_their_directory(tmp_path):
     parts[1].unlink()
     with pytest.raises(UserError, match="m-00002-of-00002.gguf is not beside it"):
         open_gguf(parts[0])
+
+
+# --- metadata, read as llama.cpp reads it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, scaling", [
+    ({"llama__rope__scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ({"llama__rope__scaling__factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    ({"llama__rope__scaling__factor": 2.0, "llama__rope__scale_linear": 4.0}, {"rope_type": "linear", "factor": 2.0}),
+    ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, None),
+    ({"llama__rope__scaling__type": "linear"}, None),
+    ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 0.0}, None),
+    ({"llama__rope__scaling__type": "yarn", "llama__rope__scale_linear": 4.0}, {"rope_type": "yarn", "factor": 4.0}),
+    ({"llama__rope__scaling__type": "yarn", "llama__rope__scaling__finetuned": True}, None),
+])  # fmt: skip
+def test_rope_scaling_is_read_by_llama_cpps_rules(changes, scaling, tmp_path):
+    assert open_checkpoint(edited(tmp_path, **changes)).config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize("changes", [
+    {"llama__rope__scaling__type": "ntk"}, {"llama__rope__scaling__alpha": 2.0},
+    {"llama__rope__dimension_sections": [4]},
+])  # fmt: skip
+def test_rope_scaling_that_is_not_understood_is_refused(changes, tmp_path):
+    with pytest.raises(UserError, match="which puna doesn't implement"):
+        open_checkpoint(edited(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("config", [
+    {"rms_norm_eps": 1.2345678901e-5, "rope_theta": 123456.789},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 3.3, "finetuned": True, "truncate": True, "mscale": 1.0}},
+])  # fmt: skip
+def test_a_config_that_gguf_rounds_or_names_otherwise_is_converted(config, tiny_checkpoint, tmp_path):
+    convert(tiny_checkpoint(**config), tmp_path / "x.gguf", "gguf")
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def test_three_end_tokens_beside_the_spelled_ones_are_carried_and_more_are_refused(tiny_checkpoint, tmp_path):
+    done = convert(tiny_checkpoint(eos_token_id=[2, 40, 41]), tmp_path / "x.gguf", "gguf")
+    with open_checkpoint(done.path) as result:
+        assert {2, 40, 41} <= set(result.tokenizer().stop_ids)
+    for to in ("meta", "hf"):
+        convert(done.path, tmp_path / to, to)
+    with pytest.raises(UserError, match="GGUF can't carry all end tokens"):
+        convert(tiny_checkpoint(eos_token_id=[2, 40, 41, 42]), tmp_path / "y.gguf", "gguf")
+    assert not list(tmp_path.glob("*y.gguf*"))
+
+
+def spm_checkpoint(like: Path, folder: Path, **settings) -> Path:
+    """The weights of `like` beside a SentencePiece tokenizer.model alone."""
+    import io
+
+    import sentencepiece
+
+    model, texts = io.BytesIO(), [f"the {word} of the llama" for word in ("king", "wool", "grass", "hill", "song")] * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity", minloglevel=2)  # fmt: skip
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | settings))
+    return folder
+
+
+def test_space_rules_that_llama_cpp_lacks_are_refused_before_anything_is_written(tiny_checkpoint, tmp_path):
+    convert(spm_checkpoint(tiny_checkpoint(), tmp_path / "old", legacy=True), tmp_path / "x.gguf", "gguf")
+    folder = spm_checkpoint(tiny_checkpoint(), tmp_path / "new", legacy=False)
+    with pytest.raises(UserError, match='keep the checkpoint as hf, or set "legacy": true'):
+        convert(folder, tmp_path / "y.gguf", "gguf")
+    convert(folder, tmp_path / "hf", "hf")
+    assert not list(tmp_path.glob("*y.gguf*"))
+
+
+def test_tokens_beyond_the_embedding_are_left_out(tmp_path):
+    source = in_memory(tiny_config(vocab_size=3))
+    assert open_gguf(written(source, tmp_path)).tokenizer().vocab_size == 3
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

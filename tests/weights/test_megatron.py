@@ -380,6 +380,18 @@ def test_ranks_of_another_size_without_arguments(tiny_checkpoint, tmp_path):
         open_checkpoint(tmp_path / "mg")
 
 
+@pytest.mark.parametrize("backend", ["torch_dist", "zarr", None])
+def test_a_distributed_checkpoint_is_named_with_the_way_out(backend, tmp_path):
+    folder = tmp_path / "iter_0000010"
+    folder.mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    (folder / "__0_0.distcp").write_bytes(b"x")
+    if backend:
+        (folder / "metadata.json").write_text(json.dumps({"sharded_backend": backend}))
+    with pytest.raises(UserError, match=f"in the {backend or 'torch_dist'} format.* --ckpt-format torch"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

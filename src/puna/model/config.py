@@ -270,9 +270,11 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if unused := scaling.keys() - needed - optional:  # transformers ignores them too
         note(f"config.json has keys that RoPE type {rope_type!r} doesn't use, ignored: {', '.join(sorted(unused))}.")
     scaling = {key: value for key, value in scaling.items() if key not in unused}
-    for key in ("mscale", "mscale_all_dim"):  # 0 is absence: the attention factor takes both or none
-        if scaling.get(key) == 0:
-            del scaling[key]
+    if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):  # the attention factor takes both or neither
+        scaling = {key: value for key, value in scaling.items() if key not in ("mscale", "mscale_all_dim")}
+    if scaling.get("truncate") is True:  # the default
+        del scaling["truncate"]
+    scaling.pop("finetuned", None)  # about the weights, not about the computation
     for key, value in scaling.items():
         if key == "original_max_position_embeddings":
             _check_count(key, value)

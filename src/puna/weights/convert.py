@@ -195,7 +195,7 @@ def _verify(source: Checkpoint, result: Checkpoint, target: Target) -> dict[str,
     fmt, dtype = target.format, target.type
     unchanged = all(dtype in (None, info.dtype) for info in source.tensors.values())
     expected = source if unchanged else verification.as_stored(source, lambda name, rows: fmt.stored(rows, dtype))
-    return verification.verify(source, expected, result, more_stops=fmt.more_stops)
+    return verification.verify(source, expected, result)
 
 
 def _manifest(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from puna.errors import UserError
+from puna.model.config import ModelConfig
 from puna.progress import meter, track
 from puna.tokenizer import Tokenizer
 from puna.weights.checkpoint import Checkpoint, Index
@@ -29,19 +30,18 @@ class VerificationError(Exception):
     """A conversion's result is not its source: a defect of puna or of the disk."""
 
 
-def verify(source: Checkpoint, expected: Checkpoint, result: Checkpoint, *, more_stops: bool = False) -> dict[str, Any]:
+def verify(source: Checkpoint, expected: Checkpoint, result: Checkpoint) -> dict[str, Any]:
     """Compares `result`, read back, with `expected`: `source` in the numbers that were to be stored.
 
-    Returns what was compared, for the manifest. `more_stops` as in `tokenizer_difference`. Raises `VerificationError`
-    naming the first difference: what a format can't hold is refused before it is written. Takes the memory of `STEP`
-    elements of a tensor and of the probes' activations.
+    Returns what was compared, for the manifest. Raises `VerificationError` naming the first difference: what a format
+    can't hold is refused before it is written. Takes the memory of `STEP` elements of a tensor and of the probes'
+    activations.
     """
-    _same_config(source, result)
+    if difference := config_difference(source.config, result.config):
+        raise VerificationError(f"the result's {difference}")
     compared: dict[str, Any] = {"tensors": _same_tensors(expected, result)}
     if (tokenizer := source.tokenizer()) is not None:
-        if difference := tokenizer_difference(
-            tokenizer, result.tokenizer(), source.config.vocab_size, more_stops=more_stops
-        ):
+        if difference := tokenizer_difference(tokenizer, result.tokenizer(), source.config.vocab_size):
             raise VerificationError(f"the result's tokenizer is another one: {difference}")
         compared["tokenizer_probes"] = len(PROBES) + len(tokenizer.probes)
     return {**compared, "logits": _same_logits(source, expected, result)}
@@ -56,11 +56,20 @@ def as_stored(source: Checkpoint, store: Callable[[str, Tensor], Tensor]) -> Che
     return dataclasses.replace(source, reader=read)
 
 
-def _same_config(source: Checkpoint, result: Checkpoint) -> None:
-    for field in dataclasses.fields(source.config):
-        expected, found = getattr(source.config, field.name), getattr(result.config, field.name)
-        if expected != found:
-            raise VerificationError(f"the result's {field.name} is {found}, the source's {expected}")
+def config_difference(source: ModelConfig, result: ModelConfig) -> str:
+    """The first field that differs, in words, "" when there is none. Numbers are compared as float32, as models use
+    them and GGUF stores them."""
+    for field in dataclasses.fields(source):
+        expected, found = getattr(source, field.name), getattr(result, field.name)
+        if _as_float32(expected) != _as_float32(found):
+            return f"{field.name} is {found}, the source's {expected}"
+    return ""
+
+
+def _as_float32(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_float32(item) for key, item in value.items()}
+    return torch.tensor(value, dtype=torch.float32).item() if isinstance(value, float) else value
 
 
 def _same_tensors(expected: Checkpoint, result: Checkpoint) -> int:
@@ -87,15 +96,10 @@ def bit_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def tokenizer_difference(
-    source: Tokenizer, result: Tokenizer | None, vocab_size: int, *, more_stops: bool = False
-) -> str:
+def tokenizer_difference(source: Tokenizer, result: Tokenizer | None, vocab_size: int) -> str:
     """The first difference of two tokenizers, in words, "" when there is none: ids of probe texts, of each added token
-    with spaces around it, end tokens, chat template.
-
-    Tokens beyond the `vocab_size` rows of the model, which no text can use, don't count. `more_stops`: `result` may
-    stop at further tokens, as readers do that find end tokens by their spelling.
-    """
+    with spaces around it, end tokens, chat template. Tokens beyond the `vocab_size` rows of the model, which no text
+    can use, don't count."""
     if result is None:
         return "it is missing"
     for text in (*PROBES, *source.probes):
@@ -103,7 +107,7 @@ def tokenizer_difference(
         if max(ids, default=0) < vocab_size and ids != result.encode(text):
             return f"it encodes {text!r} otherwise"
     stops, found = ({index for index in tokenizer.stop_ids if index < vocab_size} for tokenizer in (source, result))
-    if not (stops <= found if more_stops else stops == found):
+    if stops != found:
         return f"it stops at {sorted(found)}, not at {sorted(stops)}"
     return "" if source.chat_template == result.chat_template else "it has another chat template"
 

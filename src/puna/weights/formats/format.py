@@ -51,7 +51,6 @@ class Format:
     exist yet. `check(source, dtype, options)` raises `UserError`, naming it, for what the format can't hold, before
     anything is written. `options`: a dataclass of `puna.options.option` fields. `dtypes`: names of the data types that
     it writes, with bytes per element. `stored(tensor, dtype)`: the numbers that remain of a tensor, or of rows of it.
-    `more_stops`: its readers also stop at tokens with the spelling of known end tokens.
     """
 
     name: str
@@ -66,4 +65,3 @@ class Format:
     options: type = NoOptions
     dtypes: Mapping[str, float | None] = field(default_factory=lambda: FLOATS)
     stored: Callable[[Tensor, Any], Tensor] = _as_cast
-    more_stops: bool = False

@@ -54,6 +54,5 @@ FORMAT = Format(
     check=_check,
     dtypes=FLOATS | {"q8_0": 34 / 32},  # a block of 32 numbers takes 34 bytes
     stored=_stored,
-    more_stops=True,
     weight_files=(r".*\.gguf",),
 )

@@ -140,8 +140,9 @@ def config_from(
     elif factor != 1:
         config["rope_scaling"] = {"rope_type": kind, "factor": factor}
         if kind == "yarn":
-            original = number("rope.scaling.original_context_length", config["max_position_embeddings"])
-            config["rope_scaling"]["original_max_position_embeddings"] = original
+            if "llama.rope.scaling.original_context_length" in metadata:
+                original = number("rope.scaling.original_context_length")
+                config["rope_scaling"]["original_max_position_embeddings"] = original
             for beta in ("beta_fast", "beta_slow"):
                 if f"llama.rope.scaling.yarn_{beta}" in metadata:
                     config["rope_scaling"][beta] = float(number(f"rope.scaling.yarn_{beta}"))
@@ -181,12 +182,12 @@ def metadata_from(config: ModelConfig) -> dict[str, Any]:
     if kind in ("linear", "yarn"):
         metadata |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
     if kind == "yarn":
-        original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
-        metadata["rope.scaling.original_context_length"] = original
-        for key in sorted(scaling.keys() - {"rope_type", "factor", "original_max_position_embeddings", "finetuned"}):
+        if "original_max_position_embeddings" in scaling:
+            metadata["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        for key in sorted(scaling.keys() - {"rope_type", "factor", "original_max_position_embeddings"}):
             if key in ("beta_fast", "beta_slow"):
                 metadata[f"rope.scaling.yarn_{key}"] = float(scaling[key])
-            elif scaling[key] is not True or key != "truncate":  # llama.cpp truncates
+            else:
                 raise UserError(f"GGUF can't carry {key} of yarn RoPE scaling, which this model sets: keep it as hf.")
     elif kind not in (None, "linear", "llama3"):
         raise UserError(f"GGUF can't carry {kind} RoPE scaling, which this model uses: keep it as hf.")

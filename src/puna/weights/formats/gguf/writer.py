@@ -14,10 +14,21 @@ import numpy as np
 import torch
 
 from puna.errors import UserError
+from puna.model.config import ModelConfig
+from puna.tokenizer import Tokenizer
 from puna.weights.checkpoint import Checkpoint, TensorInfo, cast
 from puna.weights.formats.gguf.container import write_file
-from puna.weights.formats.gguf.names import gguf_name, hf_name, llama3_divisors, metadata_from, padded, unpadded
+from puna.weights.formats.gguf.names import (
+    config_from,
+    gguf_name,
+    hf_name,
+    llama3_divisors,
+    metadata_from,
+    padded,
+    unpadded,
+)
 from puna.weights.rope_permute import is_rotated, permute
+from puna.weights.verification import config_difference, tokenizer_difference
 
 Q8_0_BLOCK = 32  # numbers of a row that share a scale
 # What a difference comes from in practice: the SentencePiece rules of transformers' newer "legacy": false.
@@ -94,14 +105,15 @@ def _plan(
     if (scaling := config.rope_scaling or {}).get("rope_type") == "llama3":
         divisors = llama3_divisors(config.rope_theta, config.head_dim, scaling)
         tensors = {ROPE: (divisors.shape, "F32"), **tensors}
+    shapes = {name: shape for name, (shape, _) in tensors.items() if name != ROPE}
+    back = ModelConfig.from_hf(config_from(source.path, metadata, shapes, divisors if divisors.size else None))
+    if difference := config_difference(config, back):
+        raise UserError(f"GGUF can't carry this model's config, {difference} as read from GGUF: keep it as hf.")
     return metadata, tensors, divisors
 
 
 def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
     """The `tokenizer.*` metadata, padded to the embedding, after making sure that a reader gets the same tokenizer."""
-    from puna.tokenizer import Tokenizer
-    from puna.weights.verification import tokenizer_difference
-
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(
@@ -109,8 +121,9 @@ def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
         )
     fields = padded(tokenizer.to_gguf(), source.config.vocab_size)
     back = Tokenizer.from_gguf(unpadded(fields))
-    # llama.cpp stops at three named tokens, and at tokens with the spelling of known end tokens.
-    slots = [slot for slot in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id") if slot not in fields]
+    # Readers stop at the ids of eos, eot and eom, and at tokens with the spelling of known end tokens, to which those of
+    # `to_gguf` for the latter two belong.
+    slots = sorted(("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"), key=fields.__contains__)
     if missing := [index for index in tokenizer.stop_ids if index not in back.stop_ids]:
         if len(missing) > len(slots):
             names = ", ".join(repr(tokenizer.token(index)) for index in tokenizer.stop_ids)
@@ -120,10 +133,11 @@ def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
             )
         fields |= dict(zip(slots, missing, strict=False))
         back = Tokenizer.from_gguf(unpadded(fields))
-    if difference := tokenizer_difference(tokenizer, back, source.config.vocab_size, more_stops=True):
+    if difference := tokenizer_difference(tokenizer, back, source.config.vocab_size):
+        spaces = "encodes" in difference and fields["tokenizer.ggml.model"] == "llama"
         raise UserError(
             f"A GGUF of this tokenizer would be another one: {difference}; keep the checkpoint as hf"
-            + (f", or {SPACES}." if fields["tokenizer.ggml.model"] == "llama" else ".")
+            f"{f', or {SPACES}' if spaces else ''}."
         )
     return fields
 
