@@ -137,7 +137,7 @@ def compare_tokenizers(a: Tokenizer | None, b: Tokenizer | None, vocab_size: int
     for probe in dict.fromkeys((*PROBES, *a.probes, *b.probes)):
         for special in (True, False):
             ids = [tokenizer.encode(probe, special=special) for tokenizer in (a, b)]
-            if any(max(each, default=0) >= vocab_size for each in ids):
+            if probe not in PROBES and any(max(each, default=0) >= vocab_size for each in ids):
                 continue
             same(f"ids of {probe!r}", *ids)
             same(f"text of the ids of {probe!r}", a.decode(ids[0]), b.decode(ids[0]))

@@ -31,11 +31,6 @@ from puna.weights.rope_permute import is_rotated, permute
 from puna.weights.verification import config_difference, tokenizer_difference
 
 Q8_0_BLOCK = 32  # numbers of a row that share a scale
-# What a difference comes from in practice: the SentencePiece rules of transformers' newer "legacy": false.
-SPACES = (
-    'set "legacy": true in tokenizer_config.json to accept the rule of llama.cpp, which puts a space before every text,'
-    " also before one that begins with a space"
-)
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type: what most matrices are
 CHUNK = 4 << 20  # elements encoded at a time; the quantiser needs several float32 copies of them
@@ -121,8 +116,8 @@ def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
         )
     fields = padded(tokenizer.to_gguf(), source.config.vocab_size)
     back = Tokenizer.from_gguf(unpadded(fields))
-    # Readers stop at the ids of eos, eot and eom, and at tokens with the spelling of known end tokens, to which those of
-    # `to_gguf` for the latter two belong.
+    # Readers stop at the ids of eos, eot and eom, and at tokens with the spelling of known end tokens, such as those
+    # that `to_gguf` gives for the latter two.
     slots = sorted(("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"), key=fields.__contains__)
     if missing := [index for index in tokenizer.stop_ids if index not in back.stop_ids]:
         if len(missing) > len(slots):
@@ -134,11 +129,7 @@ def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
         fields |= dict(zip(slots, missing, strict=False))
         back = Tokenizer.from_gguf(unpadded(fields))
     if difference := tokenizer_difference(tokenizer, back, source.config.vocab_size):
-        spaces = "encodes" in difference and fields["tokenizer.ggml.model"] == "llama"
-        raise UserError(
-            f"A GGUF of this tokenizer would be another one: {difference}; keep the checkpoint as hf"
-            f"{f', or {SPACES}' if spaces else ''}."
-        )
+        raise UserError(f"A GGUF of this tokenizer would be another one: {difference}; keep the checkpoint as hf.")
     return fields
 
 
