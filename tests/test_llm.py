@@ -435,6 +435,18 @@ def test_defaults_are_the_checkpoints_and_given_ones_beat_them(checkpoint: Path,
     assert len(llm.generate("a", greedy)[0].outputs[0].token_ids) == 3
 
 
+def test_a_longer_context_is_advised_only_where_it_would_be_accepted(checkpoint: Path):
+    short = LLM(checkpoint, kv_cache_tokens=512, max_model_len=100)
+    error = short.generate([[5] * 200], SamplingParams(max_tokens=3))[0].error or ""
+    advised = re.search(r"raise max_model_len to (\d+)", error)
+    assert advised
+    longer = LLM(checkpoint, kv_cache_tokens=512, max_model_len=int(advised[1]) + 2)
+    assert longer.generate([[5] * 200], SamplingParams(max_tokens=3))[0].error is None
+    for llm, length in ((short, 600), (LLM(checkpoint, kv_cache_tokens=512), 512)):
+        error = llm.generate([[5] * length], SamplingParams(max_tokens=3))[0].error or ""
+        assert "context" in error and "max_model_len" not in error
+
+
 def test_without_generation_config_it_is_greedy(llm: LLM):
     assert llm.defaults == SamplingParams()
 
@@ -531,8 +543,12 @@ def test_load_gives_the_plain_model_and_the_tokenizer(checkpoint: Path):
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode("The puna is the high grassland")])
     with torch.no_grad():
-        ours = model.logits(model(ids, torch.arange(ids.shape[1])[None], causal))
+        ours = model.logits(model(ids))
         torch.testing.assert_close(ours, theirs(ids).logits, rtol=0, atol=2e-5)
+        two = ids[:, :6].reshape(2, 3)
+        torch.testing.assert_close(model.logits(model(two)), theirs(two).logits, rtol=0, atol=2e-5)
+    with pytest.raises(UserError, match=r"\[batch, length\]"):
+        model(ids[0])
 
 
 # pipeline

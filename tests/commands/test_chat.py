@@ -1,6 +1,7 @@
 """The chat: commands, history, what happens when it outgrows the context, Ctrl-C, pipe and terminal."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -131,7 +132,8 @@ def test_verbose_says_how_fast(capsys):
 
 def test_a_real_model_through_a_pipe(tiny_checkpoint, monkeypatch, capsys):
     path = tiny_checkpoint()
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello, llama!\nclear\nHello, llama!\nq\nnever"))
+    given = io.BytesIO(b"\xef\xbb\xbfHello, llama!\nclear\r\nHello, llama!\nq\nnever")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
     assert main(["chat", str(path), "--max-tokens", "12", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
     from puna.llm import LLM
@@ -145,6 +147,33 @@ def test_a_real_model_through_a_pipe(tiny_checkpoint, monkeypatch, capsys):
 def test_options_that_a_chat_cannot_use(capsys):
     assert main(["chat", "m", "--n", "2"]) == 2
     assert "puna chat streams one answer and has no use for --n" in capsys.readouterr().err
+
+
+def test_piped_input_that_is_not_text_is_named(tiny_checkpoint, monkeypatch, capsys):
+    for given, number in ((b"Hello\nna\xefve\n", 2), (b"\xff\xfeH\x00", 1)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert main(["chat", str(tiny_checkpoint()), "--max-tokens", "2"]) == 2
+        err = capsys.readouterr().err
+        assert f"Line {number} of stdin is not UTF-8 text" in err and "internal" not in err
+
+
+def test_sampling_options_are_set_between_messages(capsys):
+    lines = ["/set", "a", "/set temperature 0.5", "b", "/set top_p 3", "/set temprature 1", "/set n 2", "c"]
+    parrot = talk(*lines, params=SamplingParams(max_tokens=9))
+    assert [params.temperature for params in parrot.params] == [0.0, 0.5, 0.5]
+    assert all(params.top_p == 1.0 and params.n == 1 for params in parrot.params)
+    err = capsys.readouterr().err
+    for says in ("max_tokens = 9", "temperature = 0.5", "top_p must be", "did you mean 'temperature'", "no use for n"):
+        assert says in err, says
+
+
+def test_a_conversation_is_saved_as_a_row(tmp_path, capsys):
+    file = tmp_path / "chat.jsonl"
+    talk("hello", f"/save {file}", "again", f"/save {file}", "/save", f"/save {tmp_path}/no/where", system="be")
+    messages = [("system", "be"), ("user", "hello"), ("assistant", "HELLO")]
+    assert json.loads(file.read_text()) == {"messages": [{"role": r, "content": c} for r, c in messages]}
+    err = capsys.readouterr().err
+    assert "has 3 messages" in err and "is there already" in err and "needs a file" in err and "Cannot write" in err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,13 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.engine.options import EngineOptions
 from puna.engine.sampling_params import SamplingParams
 from puna.errors import UserError, nearest
-from puna.options import option, overrides
+from puna.files import write_text
+from puna.options import convert_all, option, overrides
 
 if TYPE_CHECKING:
     from puna.llm import LLM
@@ -24,9 +27,13 @@ Message = dict[str, str]
 LEAVE, START_OVER = ("q", "quit", "exit"), ("clear", "new")
 HELP = """q, quit, exit   leave (Ctrl-D too; Ctrl-C stops an answer)
 clear, new      start over
-/system TEXT    set the system message and start over; without TEXT take it away
-/help           this list"""
-COMMANDS = (*LEAVE, *START_OVER, "system", "help")
+/system TEXT    set the system message and start over; without TEXT remove it
+/set NAME VALUE change a sampling option, as in /set temperature 0.7; without NAME show them
+/save FILE      write the conversation as a row of JSONL
+/help           this list
+Esc Enter       begin a new line in a message"""
+COMMANDS = (*LEAVE, *START_OVER, "system", "set", "save", "help")
+UNUSED = ("n", "num_beams", "logprobs", "prompt_logprobs")  # options that make no sense for one streamed answer
 
 
 @dataclass(kw_only=True)
@@ -34,8 +41,8 @@ class ChatOptions(EngineOptions):
     """Talk with a model.
 
     The answer streams to stdout, everything else goes to stderr. In the chat: q, quit or exit leave; clear or new start
-    over; /system TEXT sets the system message; /help lists these. Lines may be piped in. A chat that outgrows the
-    context drops its oldest turns and says so.
+    over; /system TEXT sets the system message; /set NAME VALUE a sampling option; /help lists all. Lines may be piped
+    in. A chat that outgrows the context drops its oldest turns and says so.
 
     Examples:
       puna chat smollm2-135m-instruct
@@ -54,9 +61,9 @@ def run(options: ChatOptions) -> int:
 
     given = options.sampling
     SamplingParams().merged(given)  # refuses bad values before the model is loaded
-    for name in ("n", "num_beams", "logprobs", "prompt_logprobs"):
+    for name in UNUSED:
         if name in given:
-            raise UserError(f"puna chat streams one answer and has no use for --{name.replace('_', '-')}; leave it out")
+            raise UserError(f"puna chat streams one answer and has no use for --{name.replace('_', '-')}; omit it.")
     with LLM(**options.arguments(), quiet=False) as llm:
         terminal = sys.stdin.isatty()
         if terminal:
@@ -109,28 +116,64 @@ class Chat:
         if name == "system":
             self.start_over(text)
             _note("The system message is set." if text else "There is no system message.")
+        elif name == "set":
+            self.set_option(text or "")
+        elif name == "save":
+            self.save(text or "")
         elif name == "help":
             _note(HELP)
         else:
             _note(f"There is no command /{name}{nearest(name, COMMANDS)} (see /help).")
         return True
 
+    def set_option(self, text: str) -> None:
+        """Change one sampling option; a bad one is refused and changes nothing. Without text, show all that are set."""
+        name, _, value = text.strip().partition(" ")
+        if name and value:
+            try:
+                given = convert_all(SamplingParams, {name: value.strip()}, "/set")
+                if unused := [entry for entry in given if entry in UNUSED]:
+                    raise UserError(f"puna chat streams one answer and has no use for {unused[0]}.")
+                self.params = self.params.merged(given)
+            except UserError as error:
+                _note(f"puna: {error}")
+                return
+        default = SamplingParams()
+        values = {entry.name: getattr(self.params, entry.name) for entry in fields(self.params)}
+        changed = [f"{key} = {value!r}" for key, value in values.items() if value != getattr(default, key)]
+        _note(", ".join(changed) or "All sampling options have their defaults.")
+
+    def save(self, file: str) -> None:
+        """Write the conversation as one row of JSONL, which `puna generate --file` and `puna data prepare` read."""
+        path = Path(file.strip()).expanduser()
+        if not file.strip() or path.exists():
+            _note(
+                f"puna: {path} is there already; choose another name." if file.strip() else "puna: /save needs a file."
+            )
+            return
+        try:
+            write_text(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            _note(f"puna: Cannot write {path}: {error.strerror}.")
+            return
+        _note(f"{path} has {len(self.messages)} messages.")
+
     def answer(self, line: str) -> None:
         """Streams the answer to `line` to stdout and remembers both; Ctrl-C keeps what has come so far."""
         self.messages.append({"role": "user", "content": line})
         prompt_tokens, params = self.fit()
         start, first, tokens, text = time.perf_counter(), 0.0, 0, ""
-        pieces = self.llm.stream(self.messages, params)
+        deltas = self.llm.stream(self.messages, params)
         with _ctrl_c() as pressed:
-            for piece in pieces:
+            for delta in deltas:
                 first = first or time.perf_counter() - start
-                tokens += len(piece.token_ids)
-                text += piece.text
-                sys.stdout.write(piece.text)
+                tokens += len(delta.token_ids)
+                text += delta.text
+                sys.stdout.write(delta.text)
                 sys.stdout.flush()
                 if pressed:
                     break
-        pieces.close()  # aborts the request when it was stopped
+        deltas.close()  # aborts the request when it was stopped
         print(flush=True)
         if pressed:
             if not self.terminal or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun was told too, and ends all
@@ -163,18 +206,31 @@ class Chat:
 def _reader(terminal: bool) -> Callable[[], str]:
     """Reads a line, with editing and arrow-key history on a terminal; raises EOFError at the end."""
     if not terminal:
+        lines = enumerate(sys.stdin.buffer, 1)
 
         def read_line() -> str:
-            line = sys.stdin.readline()
-            if not line:
+            number, line = next(lines, (0, b""))
+            if not number:
                 raise EOFError
-            return line
+            try:
+                return (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"Line {number} of stdin is not UTF-8 text ({error.reason}); convert it first."
+                ) from None
 
         return read_line
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
 
-    session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr))
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr), key_bindings=keys)
     return lambda: session.prompt("> ")
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puna.model.attention import Attend
+from puna.errors import UserError
+from puna.model.attention import Attend, causal
 from puna.model.config import ModelConfig
 from puna.model.linear import Linear
 from puna.model.rope import cos_sin, rope_frequencies, rotate
@@ -192,11 +193,16 @@ class Llama(nn.Module):
             self._frequencies = {key: (frequencies.to(positions.device, precision), factor)}
         return cos_sin(*self._frequencies[key], positions)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend = causal) -> Tensor:
         """Token ids [...] and positions [...] -> hidden states [..., hidden] after the last norm.
 
-        On a later pipeline stage x is the hidden states of the one before; a stage lacks `embed_tokens` or `norm`.
+        Without positions, ids [B, T] are whole sequences; `logits` of the result gives logits [B, T, vocab]. On a later
+        pipeline stage x is the hidden states of the one before; a stage lacks `embed_tokens` or `norm`.
         """
+        if positions is None:
+            if x.ndim < 2:
+                raise UserError("The model takes token ids [batch, length] where no positions are given.")
+            positions = torch.arange(x.shape[1], device=x.device)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         x = x.to(residual_dtype(x.dtype))
