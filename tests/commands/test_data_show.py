@@ -71,6 +71,7 @@ def test_what_cannot_be_shown_is_said(chats, tiny_checkpoint, capsys):
 
     assert "has 4 samples, so --start is between 0 and 3" in refused("P", "--start", "4")
     assert "there is P" in refused("Q")
+    assert "at least 1" in refused("P", "--samples", "0") and "at least 0" in refused("P", "--start", "-1")
     with IndexedDatasetBuilder("bare_text_document", np.int32) as writer:
         writer.add([1, 2])
     assert "name it by --tokenizer" in refused("bare")

@@ -487,7 +487,6 @@ def test_what_cannot_be_prepared_is_said(tmp_path, corpus, tokenizer):
         (Path("."), "is a folder"),
         (Path(".."), "is a folder"),
         (Path("/"), "is a folder"),
-        (tmp_path, "is a folder: give the prefix of files in it"),
         (corpus[0] / "P", "No file can be written under"),
         (tmp_path / "dangling/P", "No file can be written under"),
     ):
@@ -537,6 +536,10 @@ def test_the_command_line(tmp_path, corpus, tokenizer, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{out}_train: ") and "handler text" in captured.err
     assert main(["data", "prepare", str(corpus[0]), "--out", str(out), "--tokenizer", tokenizer]) == 2
+    for wrong in (["--out", "."], ["--out", f"{tmp_path}/new/"], ["--out", str(out), "--workers", "-3"]):
+        capsys.readouterr()
+        assert main(["data", "prepare", str(corpus[0]), "--tokenizer", tokenizer, *wrong]) == 2
+        assert wrong[-1] in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

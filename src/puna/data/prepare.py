@@ -59,7 +59,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     Nothing finished is touched before all of its replacement is complete on the disk.
     """
     out = options.out
-    if out.name in ("", "..") or out.is_dir():
+    if out.name in ("", ".."):
         raise UserError(f"--out {out} is a folder: give the prefix of files in it, as {out / 'NAME'}.")
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation is a fraction of at least 0 and below 1, not {options.validation}.")
