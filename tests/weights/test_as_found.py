@@ -187,3 +187,16 @@ def test_a_git_lfs_pointer_is_named(name, tiny_checkpoint, tmp_path) -> None:
     (folder / name).write_text(pointer)
     with pytest.raises(UserError, match=f"{name} is a Git LFS pointer .* git lfs pull"):
         open_checkpoint(folder / name if name[0] == "x" else folder)
+
+
+def test_an_unmerged_adapter_and_empty_tensors_are_named(tiny_checkpoint, tmp_path) -> None:
+    folder = copy(tiny_checkpoint(), tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(state | {name: torch.zeros(0)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"empty tensors .{name}.*ZeRO-3"):
+        open_checkpoint(folder)
+    updates = {"base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight": torch.zeros(4, 64)}
+    save_file(state | updates, folder / "model.safetensors")
+    with pytest.raises(UserError, match="adapter unmerged.*merge_and_unload"):
+        open_checkpoint(folder)

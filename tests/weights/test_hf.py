@@ -168,9 +168,9 @@ def test_old_keys_are_dropped_or_found(tiny_checkpoint, tmp_path) -> None:
 def test_tensors_that_do_not_fit_the_config_are_named(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
     state, norm = state_of(folder), "model.layers.1.input_layernorm.weight"
-    with pytest.raises(UserError, match=f"is missing {norm}$"):
+    with pytest.raises(UserError, match=rf"is missing {norm}\.$"):
         open_checkpoint(put(tmp_path / "a", {n: t for n, t in state.items() if n != norm}, folder))
-    with pytest.raises(UserError, match=r"doesn't: model.layers.1.adapter.weight$"):
+    with pytest.raises(UserError, match=r"doesn't: model.layers.1.adapter.weight\.$"):
         open_checkpoint(put(tmp_path / "b", state | {"model.layers.1.adapter.weight": torch.ones(3)}, folder))
     with pytest.raises(UserError, match=rf"{norm} has shape \[63\], the config says \[64\]"):
         open_checkpoint(put(tmp_path / "c", state | {norm: torch.ones(63)}, folder))

@@ -90,6 +90,16 @@ def check_tensors(source: Checkpoint) -> None:
     """Raises `UserError` unless the tensors are exactly those that the config describes, in name and shape."""
     expected = source.config.tensors()
     actual = {name: info.shape for name, info in source.tensors.items()}
+    if any(".lora_" in name for name in actual):
+        raise UserError(
+            f"{source.path} holds a model with its LoRA adapter unmerged: merge it by peft's merge_and_unload() and"
+            " save it again, or save the adapter alone."
+        )
+    if empty := [name for name in expected if 0 in actual.get(name, ())]:
+        raise UserError(
+            f"{source.path} holds empty tensors ({_some(empty)}), as files do that were saved from sharded"
+            " parameters (ZeRO-3, FSDP): gather them and save the model again."
+        )
     wrong = [f"{name} has shape {list(actual[name])}, the config says {list(shape)}"
              for name, shape in expected.items() if name in actual and actual[name] != tuple(shape)]  # fmt: skip
     quantised = [f"{name} is {info.dtype}" for name, info in source.tensors.items()
@@ -100,9 +110,8 @@ def check_tensors(source: Checkpoint) -> None:
         ("doesn't fit its config:", wrong),
         ("is quantised in a way that puna doesn't read:", quantised),
     )
-    said = [f"{what} {_some(names)}" for what, names in problems if names]
-    if said:
-        raise UserError(f"{source.path} {', and '.join(said)}")
+    if found := [f"{problem} {_some(names)}" for problem, names in problems if names]:
+        raise UserError(f"{source.path} {', and '.join(found)}.")
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -112,7 +121,7 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16 != tensor.dtype and tensor.numel():
         low, high = torch.aminmax(tensor)
         if max(-low.item(), high.item()) > torch.finfo(dtype).max:
-            raise UserError(f"{name} has values beyond float16's 65,504: write bfloat16 or float32")
+            raise UserError(f"{name} has values beyond float16's 65,504: write bfloat16 or float32.")
     return tensor.to(dtype)
 
 
