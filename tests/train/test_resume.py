@@ -329,6 +329,10 @@ def test_samples_that_were_cut_are_reported(stores, tmp_path, capsys):
         ({"log.every": 0}, "log.every must be at least 1, not 0"),
         ({"log.stall": 0}, "log.stall must be above 0, not 0"),
         ({"max_skipped": 0}, "max-skipped must be at least 1"),
+        ({"device": "tpu"}, "tpu"),
+        pytest.param(
+            {"device": "cuda"}, "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+        ),
         ({"schedule.warmup_steps": 7}, "schedule.warmup_steps 7 is longer than the run of 6 steps"),
     ],
 )
