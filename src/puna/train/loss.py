@@ -1,9 +1,9 @@
-"""Cross entropy of hidden states against an output layer, whose logits never exist whole.
+"""Cross entropy of hidden states against an output layer, without materialising all logits.
 
 A vocabulary of 128k entries makes the logits of 4,096 tokens 2 GB in float32, and their gradient as much again. Here
-the logits of `chunk` tokens are made, turned into their gradient in place, multiplied into the gradients of the hidden
-states and of the weight, and forgotten, all in the forward pass, as Liger Kernel does (arXiv 2410.10989): three matrix
-products, as many as without chunks.
+the logits of `chunk` tokens are computed, turned into their gradient in place, multiplied into the gradients of the
+hidden states and of the weight, and freed, all in the forward pass, as in Liger Kernel (arXiv 2410.10989): three
+matrix products, as many as without chunks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def chunked_loss(
     `loss` is the sum over trained tokens of cross entropy plus `z_loss` times z, the sum of squared logsumexps (PaLM,
     arXiv 2204.02311); it alone has a gradient. `count` is int64. Sums are in float32, or float64 for float64 input;
     products run in the type of `hidden`, to which `weight` is cast. With `tp` the weight is a part of the vocabulary,
-    and the gradient of `hidden` is this part's share, to be summed over the group by whoever split the region.
+    and the gradient of `hidden` is a partial sum, to be reduced over the group by the caller.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     loss, z = _ChunkedLoss.apply(hidden, weight, labels, chunk, z_loss, tp)
@@ -70,8 +70,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[rows] = logits @ used
             if want_weight:
-                share = logits.t() @ x
-                d_weight = share.to(exact) if d_weight is None else d_weight.add_(share)
+                partial = logits.t() @ x
+                d_weight = partial.to(exact) if d_weight is None else d_weight.add_(partial)
         if want_weight and d_weight is None:
             d_weight = torch.zeros_like(used, dtype=exact)
         ctx.save_for_backward(*(part for part in (d_hidden, d_weight) if part is not None))

@@ -95,7 +95,8 @@ class Trainer:
                 self._fit(monitor, checkpoints)
             except (Exception, KeyboardInterrupt) as error:
                 # Publishing takes all ranks. An error of one rank alone (a lost neighbour, a bad file) finds no others.
-                if self.strategy.mesh is None or isinstance(error, NonFiniteStep):
+                together = self.strategy.mesh is None or isinstance(error, NonFiniteStep)
+                if together and (checkpoints.poll() or not isinstance(error, KeyboardInterrupt)):
                     checkpoints.wait()
                 raise
 
