@@ -84,6 +84,39 @@ def test_user_errors_are_one_sentence_and_exit_2(capsys, words, says):
     assert not out and says in err and err.count("\n") == 1 and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("data prepare x --tokenizer t --out p/", "--out p/ is a folder"),
+        ("data prepare x --tokenizer t --out .", "--out '.' must name a prefix of its own"),
+        ("data prepare x --tokenizer t --out nowhere", "--out nowhere is a symbolic link to nothing"),
+        ("data prepare x --tokenizer t --out p --workers -3", "--workers must be at least 1, not -3."),
+        ("data show p --samples 0", "--samples must be at least 1, not 0."),
+        ("data show p --html no/page.html", "--html no/page.html is in a folder that doesn't exist"),
+        ("data stats p --seq-len 0", "--seq-len must be at least 1, not 0."),
+        ("doctor loss a b --plot .", "--plot '.' must name a file of its own"),
+        ("convert m . --to hf", "--dst '.' must name a file or folder of its own"),
+        ("convert m nowhere --to hf", "--dst nowhere is a symbolic link to nothing"),
+        ("lora merge m a ..", "--dst '..' must name a file or folder of its own"),
+        ("generate m x --max-num-seqs 0", "--max-num-seqs must be at least 1, not 0."),
+        ("generate m x --kv-tokens -1", "--kv-cache-tokens must be at least 1, not -1."),
+        ("chat m --max-model-len 0", "--max-model-len must be at least 2, not 0."),
+        ("launch --cpus 0 info m", "--cpus must be at least 1, not 0."),
+        ("train --out o --model.name tiny --model.weights random --data.train d --log.every 0", "log.every must be"),
+        ("train --out o --model.name tiny --model.weights random --data.train d --eval-every -1", "eval_every must be"),
+        ("train --out o --model.name tiny --data.train d --mesh.tp 0", "--mesh.tp must be at least 1, not 0."),
+        ("train --out o --model.name tiny --data.train d --lora.alpha 0", "--lora.alpha must be above 0, not 0.0."),
+    ],
+)
+def test_what_can_not_be_meant_is_refused_before_anything_is_opened(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    assert cli.main(words.split()) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert says in err[-1] and all(line.startswith("note: ") for line in err[:-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["nowhere"]
+
+
 def test_a_name_of_bytes_is_printed():
     done = subprocess.run([*PUNA, "info", b"no\xff"], capture_output=True)
     assert done.returncode == 2 and b"There is no checkpoint no\\udcff" in done.stderr

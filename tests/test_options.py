@@ -27,7 +27,7 @@ class Options(Shared):
     """
 
     prompt: tuple[str, ...] = argument("prompts", default=())
-    to: Literal["hf", "gguf"] = option("hf", "format", old_values={"ggml": "gguf"})
+    to: Literal["hf", "gguf"] = option("hf", "format", aliases=("kind",), old_values={"ggml": "gguf"})
     max_tokens: int = option(16, "how many", minimum=1, aliases=("length",))
     stop: tuple[str, ...] | None = option(None, "stop at", escapes=True)
     lens: tuple[int, ...] = option((1, 2), "lengths", minimum=1)
@@ -175,9 +175,11 @@ def test_former_spellings_work_with_a_note(tmp_path, capsys):
     notes = capsys.readouterr().err
     assert notes.splitlines() == [
         "note: --length is now --max-tokens.",
+        "note: --to ggml is now --to gguf.",
         "note: --no-proof is now --no-verify.",
-        "note: --to ggml is now gguf.",
     ]
+    thing("m", "--kind", "ggml")
+    assert capsys.readouterr().err == "note: --kind ggml is now --to gguf.\n"
     file = tmp_path / "run.yaml"
     file.write_text("model: m\nlength: 3\nproof: false\nto: ggml\n")
     assert thing(str(file)) == Options(model="m", max_tokens=3, to="gguf", verify=False)

@@ -133,7 +133,7 @@ def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
     `--print-config` ask for.
     """
     known = options_of(kind)
-    named, positional, files, show = _split(verb, kind, argv)
+    named, positional, files, show, former = _split(verb, kind, argv)
     values: dict[str, Any] = {}
     for file in files:
         values |= convert_all(kind, _read_yaml(file), where=f"{file}: puna {verb}")
@@ -144,6 +144,8 @@ def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
     if positional:
         raise UserError(f"puna {verb} has no place for the argument {positional[0]!r} (see puna {verb} --help)")
     for name, text in named.items():
+        before, now = former.get(name, (known[name].flag, known[name].flag))
+        text = _modern(text, known[name], before, now)
         if known[name].escapes:
             text = [unescape(item) for item in text] if isinstance(text, list) else unescape(text)
         values[name] = _checked(text, known[name], known[name].flag)
@@ -170,11 +172,11 @@ def convert_all(kind: type, mapping: Any, where: str) -> dict[str, Any]:
             inner = convert_all(groups[name], {} if value is None else value, f"{where}: {key}")
             values |= {f"{name}.{inside}": item for inside, item in inner.items()}
             continue
-        if name not in known and (renamed := _renamed(name, known)):
-            _note(f"{where}: {key} is now {renamed}")
-            name = renamed
+        former = _renamed(name, known)
+        name = former or name
         if name not in known:
             raise UserError(f"{where} has no option {key!r}{nearest(name, [*known, *groups])}")
+        value = _modern(value, known[name], f"{where}: {key}", name if former else str(key))
         values[name] = _checked(value, known[name], f"{where}: {key}")
     return values
 
@@ -227,11 +229,14 @@ def summary(kind: type) -> str:
     return _doc(kind).splitlines()[0].rstrip(".")
 
 
-def _split(verb: str, kind: type, argv: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str], bool]:
-    """The command line as (named values, positional texts, YAML files, --print-config)."""
+def _split(
+    verb: str, kind: type, argv: Sequence[str]
+) -> tuple[dict[str, Any], list[str], list[str], bool, dict[str, tuple[str, str]]]:
+    """The command line as (named values, positional texts, YAML files, --print-config, former and present flags)."""
     named: dict[str, Any] = {}
     positional: list[str] = []
     files: list[str] = []
+    former: dict[str, tuple[str, str]] = {}
     show = False
     known, rest = options_of(kind), list(argv)
     flags = {name for name, entry in known.items() if entry.is_flag}
@@ -257,7 +262,7 @@ def _split(verb: str, kind: type, argv: Sequence[str]) -> tuple[dict[str, Any], 
             show = True
             continue
         if name not in known and (renamed := _renamed(name, known)):
-            _note(f"{written} is now --{renamed.replace('_', '-')}")
+            former[renamed.removeprefix("no_")] = written, f"--{renamed.replace('_', '-')}"
             name = renamed
         negated = name.removeprefix("no_")
         if not equals and name in flags:
@@ -281,7 +286,7 @@ def _split(verb: str, kind: type, argv: Sequence[str]) -> tuple[dict[str, Any], 
             named.setdefault(name, []).append(value)
         else:
             named[name] = value
-    return named, positional, files, show
+    return named, positional, files, show, former
 
 
 def _renamed(name: str, known: Mapping[str, Option]) -> str | None:
@@ -294,11 +299,18 @@ def _renamed(name: str, known: Mapping[str, Option]) -> str | None:
     return None
 
 
+def _modern(value: Any, entry: Option, before: str, now: str) -> Any:
+    """`value` in its present spelling, with one note where it or the option's name, `before` as given, has changed."""
+    new = entry.old_values.get(value) if isinstance(value, str) else None
+    if new is not None:
+        _note(f"{before} {value} is now {now} {new}")
+    elif before.rpartition(": ")[2] != now:
+        _note(f"{before} is now {now}")
+    return value if new is None else new
+
+
 def _checked(value: Any, entry: Option, name: str) -> Any:
     """`value` converted to the option's type and within its bounds. `name` opens the error."""
-    if isinstance(value, str) and value in entry.old_values:
-        _note(f"{name} {value} is now {entry.old_values[value]}")
-        value = entry.old_values[value]
     if entry.writes:
         _check_output(str(value), entry.writes, name)
     value = convert(value, entry.hint, name)
