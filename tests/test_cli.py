@@ -103,7 +103,10 @@ def test_user_errors_are_one_sentence_and_exit_2(capsys, words, says):
         ("chat m --max-model-len 0", "--max-model-len must be at least 2, not 0."),
         ("launch --cpus 0 info m", "--cpus must be at least 1, not 0."),
         ("train --out o --model.name tiny --model.weights random --data.train d --log.every 0", "log.every must be"),
-        ("train --out o --model.name tiny --model.weights random --data.train d --eval-every -1", "eval_every must be"),
+        (
+            "train --out o --model.name tiny --model.weights random --data.train d --eval-every -1",
+            "--eval-every must be at least 0",
+        ),
         ("train --out o --model.name tiny --data.train d --mesh.tp 0", "--mesh.tp must be at least 1, not 0."),
         ("train --out o --model.name tiny --data.train d --lora.alpha 0", "--lora.alpha must be above 0, not 0.0."),
     ],
