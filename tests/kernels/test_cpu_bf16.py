@@ -54,6 +54,19 @@ def test_a_norm_of_a_wider_residual_stream_has_the_type_of_its_weight():
     assert x.grad.dtype == torch.float32 and weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16], ids=str)
+def test_residual_add(wide):
+    x, update = torch.randn(3, 5, dtype=wide, requires_grad=True), torch.randn(3, 5).bfloat16().requires_grad_()
+    before = x.detach().clone(), update.detach().clone()
+    for function in (cpu_bf16.residual_add, llama.residual_add):
+        y = function(x, update)
+        assert y.dtype == wide and torch.equal(y, before[0] + before[1])
+        gradients = torch.autograd.grad(y, (x, update), torch.full_like(y, 1.001))
+        assert [g.dtype for g in gradients] == [wide, torch.bfloat16]
+        assert torch.equal(gradients[0].bfloat16(), gradients[1])
+    assert torch.equal(x, before[0]) and torch.equal(update, before[1])
+
+
 def test_swiglu(dtype, close):
     errors = both(cpu_bf16.swiglu, llama.swiglu, torch.randn(2, 9, 24), torch.randn(2, 9, 24), dtype=dtype)
     assert max(errors) < close

@@ -1,9 +1,10 @@
-"""Training in 16 bits on a CPU: operations that work on few rows at a time, so that what they make stays in its cache,
-and that keep nothing for the backward pass but their inputs.
+"""Kernels for training in bfloat16 on a CPU: they work on few rows at a time, so that intermediates stay in its cache,
+and save nothing for the backward pass but their inputs.
 
-Torch's own forms write every intermediate out, and keep most of them; its fused attention takes three times as long in
-bfloat16 as the products that it consists of. Each function here has a twin of the same signature that it must equal:
-`rms_norm` and `swiglu` of `puna.model.llama`, `F.linear` with the weight cast, and `causal` of `puna.model.attention`.
+Torch's own forms write every intermediate to memory and save most of them; its fused attention takes three times as
+long in bfloat16 as the products that it consists of. Each function here has a plain twin of the same signature, to
+which the tests compare it: `rms_norm`, `swiglu` and `residual_add` of `puna.model.llama`, `F.linear` with the weight
+cast, and `causal` of `puna.model.attention`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ class _RMSNorm(torch.autograd.Function):
             mean = (product @ scale).div_(rows.shape[-1]).unsqueeze(-1)
             to.copy_(exact.mul_(scale).sub_(normed.mul_(mean)).mul_(r))
         return d_rows.view(gradient.shape), d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def residual_add(x: Tensor, update: Tensor) -> Tensor:
+    """x + update in the dtype of x, without the copy of a narrower update that torch's type promotion makes."""
+    return x + update if x.dtype == update.dtype else update.to(x.dtype).add_(x)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over whole sequences, and the one call to torch's kernels. The paged form lives in the engine's runner."""
+"""Attention over whole sequences, and the one call to torch's kernels. Paged attention is in the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Attend(Protocol):
-    """Attention over whatever keys and values it owns. q [..., Hq, D], k and v [..., Hkv, D] -> [..., Hq, D]."""
+    """Attention with its own mask and cache. q [..., Hq, D], k and v [..., Hkv, D] -> [..., Hq, D]."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
@@ -21,12 +21,12 @@ class Attend(Protocol):
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
     """Scaled dot product attention with grouped heads: q [B, Hq, T, D], k and v [B, Hkv, P, D] -> [B, Hq, T, D].
 
-    `mask` is added to the scores, or a bool of what may be seen.
+    `mask` [B, 1 or Hq, T, P] is added to the scores, or is a bool of the keys that each query sees.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
-    if groups > 1:  # the CPU's fused kernel wants equal head counts, and without it the scores are made whole
+    if groups > 1:  # the CPU's fused kernel needs equal head counts; the unfused one would write all scores
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
 
@@ -37,9 +37,9 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def packed_attention(documents: Tensor, alone: Attend = causal) -> Attend:
-    """Causal attention within each document of packed rows; documents [B, T] int, equal within one, one after another.
+    """Causal attention within each document of packed rows; documents [B, T]: the id of each token's document.
 
-    On a CPU each document is attended to by `alone`, at the cost of the sum of their squared lengths.
+    On a CPU `alone` attends to one document after another, at the cost of the sum of their squared lengths.
     """
     order = torch.arange(documents.shape[1], device=documents.device)
     if documents.is_cuda:
@@ -60,10 +60,10 @@ def packed_attention(documents: Tensor, alone: Attend = causal) -> Attend:
 
 
 def document_attention(queries: Tensor, keys: Tensor, query_order: Tensor, key_order: Tensor) -> Attend:
-    """Attention of queries with document numbers [B, T] and places in their row [T] over keys with [B, P] and [P].
+    """Attention of queries with document ids [B, T] and positions in their row [T] over keys with [B, P] and [P].
 
-    A query sees the keys of its document that come no later. On a GPU one kernel skips what no query sees
-    (FlexAttention, arXiv 2412.05496); elsewhere, and without Triton, a mask [B, T, P] is made: the slow twin.
+    A query sees the keys of its document up to its own position. On a GPU one kernel skips blocks that no query sees
+    (FlexAttention, arXiv 2412.05496); elsewhere, and without Triton, the plain twin makes a mask [B, T, P].
     """
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ def document_attention(queries: Tensor, keys: Tensor, query_order: Tensor, key_o
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            return flex(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+            out: Tensor = flex(q, k, v, block_mask=blocks, enable_gqa=True)
+            return out.transpose(1, 2)
 
         return attend
     mask = (queries.unsqueeze(2) == keys.unsqueeze(1)) & (query_order.unsqueeze(1) >= key_order)

@@ -8,6 +8,7 @@ caches. Modules carry Hugging Face's names and rotate-half RoPE, so that importi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
+
+
+def residual_add(x: Tensor, update: Tensor) -> Tensor:
+    """x + update in the dtype of x, the residual stream's; `update` may be narrower."""
+    return x + update
 
 
 class RMSNorm(nn.Module):
@@ -145,10 +151,11 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.kernel: Callable[[Tensor, Tensor], Tensor] = residual_add
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.kernel(x, self.self_attn(self.input_layernorm(x), cos, sin, attend))
+        return self.kernel(x, self.mlp(self.post_attention_layernorm(x)))
 
 
 class Llama(nn.Module):
@@ -163,7 +170,7 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.gather: Callable[[Tensor], Tensor] = identity  # joins the logits of a split vocabulary
         self.rope_length: int | None = None
-        self._frequencies: dict[tuple, tuple[Tensor, float]] = {}  # (length, device, dtype) -> rope_frequencies
+        self._frequencies: dict[tuple[Any, ...], tuple[Tensor, float]] = {}  # by (length, device, dtype)
         self.tie()
 
     def tie(self) -> None:
@@ -209,7 +216,9 @@ class Llama(nn.Module):
         cos, sin = self.rope(positions, x.dtype)
         for block in self.layers.values():
             x = block(x, cos, sin, attend)
-        return x if self.norm is None else self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., hidden] -> logits [..., vocab]; not in `forward`, so that only needed rows are made."""

@@ -7,6 +7,7 @@ arXiv 2309.00071; llama3: Llama 3.1's reference code), in float32 as there, so t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,12 @@ def rope_frequencies(config: ModelConfig, length: int | None = None) -> tuple[Te
     return frequencies, 1.0
 
 
-def _llama3(frequencies: Tensor, scaling: dict) -> Tensor:
+def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Long waves are slowed by `factor`, short ones kept, those between blended."""
+    factor: float
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the trained context
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    blend: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequencies / factor + blend * frequencies
 
 
@@ -58,11 +60,12 @@ def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # as transformers: no division by zero
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return frequencies / scaling["factor"] * ramp + frequencies * (1 - ramp)
+    ramp: Tensor = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    factor: float = scaling["factor"]
+    return frequencies / factor * ramp + frequencies * (1 - ramp)
 
 
-def _yarn_attention_factor(scaling: dict) -> float:
+def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
     """What cos and sin are multiplied by: given, or 0.1 ln(factor) + 1 (DeepSeek's mscale pair taken into account)."""
 
     def mscale(weight: float) -> float:

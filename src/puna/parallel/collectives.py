@@ -1,13 +1,14 @@
-"""The collectives of a forward pass, each with the one that its gradient needs. All take and give plain tensors.
+"""The collectives of a forward pass, each with the one that its gradient needs, over plain tensors.
 
-`enter` and `leave` bracket a region whose weights are split over a group: what goes in is whole, what comes out is a
-part of a sum. With sequence parallelism the stream outside the region is cut along the sequence, and the same bytes
+`enter` and `leave` bracket a region whose weights are split over a group: its input is replicated, its output a partial
+sum. With sequence parallelism the residual stream outside the region is split along the sequence, and the same bytes
 travel as an all-gather and a reduce-scatter (arXiv 2205.05198).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,20 +21,23 @@ _scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 
 def enter(group: dist.ProcessGroup, sequence: bool) -> Callable[[Tensor], Tensor]:
-    """Into a split region; x [B, T, d], or with `sequence` this rank's T / size of it."""
-    function = _Gather if sequence else _SumBackward
-    return lambda x: function.apply(x, group)
+    """Into a split region: x [B, T, d], or with `sequence` this rank's T / size of it, -> x [B, T, d]."""
+    return partial(_apply, _Gather if sequence else _SumBackward, group)
 
 
 def leave(group: dist.ProcessGroup, sequence: bool) -> Callable[[Tensor], Tensor]:
-    """Out of a split region, summing the ranks' parts; x [B, T, d] -> the same, or this rank's T / size of it."""
-    function = _Scatter if sequence else _Sum
-    return lambda x: function.apply(x, group)
+    """Out of a split region, summing over the ranks: x [B, T, d] -> x, or with `sequence` this rank's part."""
+    return partial(_apply, _Scatter if sequence else _Sum, group)
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x [B, t, ...] of every rank, joined along dimension 1; gradients are summed over the ranks and cut."""
-    return _Gather.apply(x, group)
+    """x [B, t, ...] of every rank, concatenated along dimension 1; gradients are reduce-scattered."""
+    return _apply(_Gather, group, x)
+
+
+def _apply(function: type[torch.autograd.Function], group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    out: Tensor = function.apply(x, group)
+    return out
 
 
 class _SumBackward(torch.autograd.Function):

@@ -115,7 +115,7 @@ class _Ring(torch.autograd.Function):
 def _scores(q: Tensor, k: Tensor, mask: Tensor, exact: torch.dtype) -> Tensor:
     """q [B, T, Hq, D] times k [B, P, Hkv, D], scaled; -inf where mask [B, T, P] is false: [B, T, Hq, P]."""
     grouped = q.to(exact).unflatten(2, (k.shape[2], -1))
-    scores = torch.einsum("bthgd,bphd->bthgp", grouped, k.to(exact)).flatten(2, 3) * q.shape[-1] ** -0.5
+    scores = torch.einsum("bthgd,bphd->bthgp", grouped, k.to(exact)).flatten(2, 3) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~mask.unsqueeze(2), -math.inf)
 
 

@@ -315,5 +315,6 @@ def _square(x: Tensor) -> Tensor:
 def _group_of_this_rank(ranks: Tensor) -> dist.ProcessGroup:
     """Make a process group of the ranks along each last dimension; returns the one that this rank is in."""
     groups = ranks.reshape(-1, ranks.shape[-1]).unique(dim=0).tolist()
+    group: dist.ProcessGroup
     group, _ = dist.new_subgroups_by_enumeration(groups)
     return group

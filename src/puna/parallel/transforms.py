@@ -32,12 +32,14 @@ def apply_compute_dtype(model: Llama, dtype: torch.dtype) -> None:
 
 
 def apply_cpu_kernels(part: ModelPart) -> None:
-    """Let norms, SwiGLU and causal attention run by `puna.kernels.cpu_bf16`: on a CPU, in bfloat16."""
+    """Use the kernels of `puna.kernels.cpu_bf16`: for a part that computes in bfloat16 on a CPU."""
     for module in part.modules():
         if isinstance(module, RMSNorm):
             module.kernel = cpu_bf16.rms_norm
         elif isinstance(module, MLP):
             module.kernel = cpu_bf16.swiglu
+        elif isinstance(module, Block):
+            module.kernel = cpu_bf16.residual_add
     part.attention = lambda documents: (
         cpu_bf16.causal if documents is None else packed_attention(documents, cpu_bf16.causal)
     )

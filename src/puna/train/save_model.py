@@ -13,7 +13,7 @@ from torch import Tensor
 from puna.errors import UserError
 from puna.files import MANIFEST, staged, write_json
 from puna.model.config import ModelConfig
-from puna.model.lora import LoraOptions
+from puna.model.lora_options import LoraOptions
 from puna.parallel.model_part import ModelPart
 from puna.parallel.strategy import ParallelStrategy
 from puna.tokenizer import Tokenizer

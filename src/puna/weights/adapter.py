@@ -21,7 +21,8 @@ from puna.files import read_json, write_json
 from puna.model.config import ModelConfig
 from puna.model.linear import Linear
 from puna.model.llama import Llama
-from puna.model.lora import ALL_LINEAR, LINEARS, LoRA, LoraOptions, adapted, lora_tensors, matches, saved
+from puna.model.lora import ALL_LINEAR, LoRA, adapted, lora_tensors, matches, saved
+from puna.model.lora_options import LINEARS, LoraOptions
 from puna.model.tp_plan import tp_slice
 from puna.tokenizer import Tokenizer
 from puna.weights.checkpoint import TensorInfo
