@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): trained low-rank updates beside frozen weights, put into a model from outside.
 
 Targets and modules to save are chosen as `peft` chooses them, and adapters start as there, so that either trains what
-the other began. What an adapter's tensors are called here: `model.layers.0.self_attn.q_proj.adapter.a` and `.b`; how
-they are split over ranks says `puna.model.tp_plan`, how they are stored `puna.weights.adapter`.
+the other began. The tensors of an adapter are named `model.layers.0.self_attn.q_proj.adapter.a` and `.b`;
+`puna.model.tp_plan` splits them over ranks, `puna.weights.adapter` stores them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much memory a rank may take: what its GPU has free, or its part of what is free on a machine that ranks share."""
+"""Memory that a rank may allocate: what its GPU has free, or its part of what a machine shared by ranks has free."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def free_bytes(device: str | torch.device) -> int:
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be used again
         return int(torch.cuda.mem_get_info(device)[0]) + idle
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(_machine_room(), _container_room()) // ranks_here
+    return min(_machine_free_bytes(), _container_free_bytes()) // ranks_here
 
 
-def _machine_room() -> int:
+def _machine_free_bytes() -> int:
     """Bytes that could be allocated without swapping: Linux's own estimate, elsewhere the physical memory."""
     try:
         words = MEMINFO.read_text().split()
@@ -34,7 +34,7 @@ def _machine_room() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _container_room() -> int:
+def _container_free_bytes() -> int:
     """Bytes left under the limit of this container, which the machine's own numbers don't show."""
     for limit, stat, used in GROUPS:
         try:

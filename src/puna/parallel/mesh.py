@@ -1,6 +1,6 @@
 """How the ranks of a training run are laid out: pipeline x replicas x shards x context x tensor, outermost first.
 
-The innermost ranks talk most and stand closest: torchrun numbers the ranks of one machine consecutively.
+The innermost ranks communicate most: torchrun numbers the ranks of one machine consecutively.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
-from puna.model.tp_plan import check_tp
+from puna.model.tp_plan import check_tp, dtensor_chunk
 from puna.options import option
 
 PpSchedule = Literal["1f1b", "gpipe", "interleaved"]
@@ -57,23 +57,23 @@ def resolve(options: MeshOptions, ranks: int) -> MeshOptions:
         raise UserError(f"mesh: dp_shard must be at least 1, or -1 for what the others leave, not {options.dp_shard}.")
     axes = {"pp": options.pp, "dp_replicate": options.dp_replicate, "cp": options.cp, "tp": options.tp}
     others = math.prod(axes.values())
-    said = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1) or "a mesh of 1"
+    axes_text = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1) or "a mesh of 1"
     if options.dp_shard == -1:
         if ranks % others:
             raise UserError(
-                f"mesh: {said} needs a multiple of {others} ranks, not {ranks}; start as many or change it."
+                f"mesh: {axes_text} needs a multiple of {others} ranks, not {ranks}; start as many or change it."
             )
         options = replace(options, dp_shard=ranks // others)
     elif others * options.dp_shard != ranks:
         needed = others * options.dp_shard
         raise UserError(
-            f"mesh: {said} x dp_shard {options.dp_shard} is {needed} ranks, and there {_are(ranks)};"
+            f"mesh: {axes_text} x dp_shard {options.dp_shard} is {needed} ranks, and there {_are(ranks)};"
             f" start {needed} or set dp_shard to -1."
         )
     if options.pp_schedule not in SCHEDULES:
-        raise UserError(f"mesh: pp_schedule is one of {', '.join(SCHEDULES)}, not {options.pp_schedule!r}.")
+        raise UserError(f"mesh: pp_schedule must be one of {', '.join(SCHEDULES)}, not {options.pp_schedule!r}.")
     if options.cp_method not in METHODS:
-        raise UserError(f"mesh: cp_method is one of {', '.join(METHODS)}, not {options.cp_method!r}.")
+        raise UserError(f"mesh: cp_method must be one of {', '.join(METHODS)}, not {options.cp_method!r}.")
     if options.virtual_stages > 1 and options.pp_schedule != "interleaved":
         raise UserError(f"mesh: virtual_stages {options.virtual_stages} needs pp_schedule interleaved.")
     if options.pp_schedule == "interleaved" and (options.pp == 1 or options.virtual_stages == 1):
@@ -88,12 +88,13 @@ def check_model(config: ModelConfig, options: MeshOptions) -> None:
     check_tp(config, options.tp)
     if config.intermediate_size % options.tp:
         raise UserError(
-            f"an MLP of {config.intermediate_size} cannot be split over tp {options.tp}; use a divisor of it."
+            f"An MLP of {config.intermediate_size} cannot be split over tp {options.tp}; use a divisor of it."
         )
-    if math.ceil(config.vocab_size / options.tp) * (options.tp - 1) >= config.vocab_size:
-        raise UserError(f"a vocabulary of {config.vocab_size} is too small for tp {options.tp}; use fewer.")
+    last = dtensor_chunk(config.vocab_size, options.tp - 1, options.tp)
+    if last.start == last.stop:
+        raise UserError(f"A vocabulary of {config.vocab_size} is too small for tp {options.tp}; use fewer.")
     if options.cp > 1 and (config.rope_scaling or {}).get("rope_type") == "dynamic":
-        raise UserError("dynamic rope scaling depends on the length of a whole sequence, which cp cuts; set cp to 1.")
+        raise UserError("Dynamic RoPE scaling depends on the length of a whole sequence, which cp cuts; set cp to 1.")
     if config.num_hidden_layers < options.stages:
         raise UserError(
             f"{config.num_hidden_layers} layers cannot be cut into {options.stages} pipeline stages; use fewer."
