@@ -7,7 +7,6 @@ prefix is found in the cache.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from statistics import median
@@ -17,6 +16,8 @@ import torch
 from puna.bench.report import Row
 from puna.engine.sampling_params import SamplingParams
 from puna.llm import LLM
+from puna.model.tp_plan import kv_heads_per_rank
+from puna.parallel.process_group import world_size
 from puna.progress import meter
 
 PANELS = (
@@ -89,8 +90,8 @@ def step_bytes(llm: LLM, batch: int, context: float) -> float:
         for n in shape:
             count *= n
         weights += count
-    cache = config.kv_bytes_per_token(size) * batch * context
-    return (weights * size + cache) / int(os.environ.get("WORLD_SIZE", "1"))
+    cache = config.kv_bytes_per_token(size, kv_heads_per_rank(config, world_size())) * batch * context
+    return weights * size / world_size() + cache
 
 
 def read_bandwidth(device: str) -> float:
