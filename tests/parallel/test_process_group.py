@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import os, sys
 from puna import LLM, SamplingParams
-from puna.engine.engine import Engine
+from puna.engine import engine
 from puna.engine.eager_runner import EagerRunner
 
 rank = int(os.environ["RANK"])
@@ -64,7 +64,7 @@ def test_a_closed_model_leaves_no_trace(tiny_checkpoint):
     ("before", "code", "says"),
     [
         ("rank == 0 and after(4, EagerRunner, 'run', lambda: raises(KeyError('oops')))", 1, "KeyError: 'oops'"),
-        ("rank == 0 and after(4, Engine, '_decide', lambda: raises(SystemExit(7)))", 7, ""),
+        ("rank == 0 and after(4, engine, 'decide', lambda: raises(SystemExit(7)))", 7, ""),
         ("rank == 0 and after(4, EagerRunner, 'run', lambda: os._exit(9))", 9, ""),
         ("rank == 1 and after(4, EagerRunner, 'run', lambda: os._exit(9))", 1, "RankLost: Another rank has ended"),
     ],

@@ -155,7 +155,8 @@ def _wide(logits: Tensor) -> Tensor:
 def _blocks(x: Tensor, fill: float) -> Tensor:
     """[R, V] -> [R, ceil(V / _BLOCK), _BLOCK]."""
     missing = -x.shape[1] % _BLOCK
-    return (F.pad(x, (0, missing), value=fill) if missing else x).unflatten(1, (-1, _BLOCK))
+    padded: Tensor = F.pad(x, (0, missing), value=fill) if missing else x
+    return padded.view(len(padded), -1, _BLOCK)
 
 
 def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,8 @@ class IncrementalDetokenizer:
 
     def push(self, token: int) -> str:
         """The text that this token completes."""
-        return self.push_all((token,))
+        text = self._decoder.decode(self._bytes(token))
+        return self._text(text) if self._strip else text
 
     def push_all(self, ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
