@@ -63,7 +63,7 @@ def test_only_common_steps_count(run, capsys):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda run, tmp: (run("a", [1.0]), str(tmp)), "is no run of puna train: it has no metrics.jsonl"),
+        (lambda run, tmp: (run("a", [1.0]), str(tmp)), "is not a run of puna train: it has no metrics.jsonl"),
         (lambda run, tmp: (run("a", [1.0]), run("b", [])), "has no step with a loss yet"),
         (lambda run, tmp: (run("a", [1.0]), run("b", [1.0], first=7)), "have no step in common"),
     ],

@@ -27,7 +27,7 @@ def test_facts_of_every_format(form, tiny_checkpoint, tmp_path, capsys):
     assert facts["kv_cache"] == {"per_token": 2 * 2 * 2 * 16 * 2, "full_context": 2 * 2 * 2 * 16 * 2 * 512}
     assert facts["config"]["num_key_value_heads"] == 2
     assert facts["dtypes"]["bfloat16"] >= 15
-    assert facts["tokenizer"]["stops"] == {"<|im_end|>": 2} and facts["tokenizer"]["tokens"] == 384
+    assert facts["tokenizer"]["stops"] == {"<|im_end|>": 2, "<|endoftext|>": 0} and facts["tokenizer"]["tokens"] == 384
     assert facts["manifest"]["source"]["format"] == "hf"
     assert main(["info", str(path)]) == 0
     said = capsys.readouterr().out
