@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from puna.engine.kv_cache import allocate
+from puna.engine.kv_cache import BLOCK_SIZE, allocate
 from puna.engine.paged_attention import PagedAttention, PrefillChunk, length_mask
 from puna.engine.sequence import Batch, Chunk
 from puna.model.llama import Llama
@@ -20,7 +20,7 @@ from puna.model.llama import Llama
 class EagerRunner:
     """A `Runner` that calls the model once per step, over a paged KV cache."""
 
-    def __init__(self, model: Llama, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: Llama, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
         self.model, self.block_size = model, block_size
         self.cache = allocate(model, num_blocks, block_size)
         self.device = self.cache.device
