@@ -1,4 +1,4 @@
-"""`puna VERB`: finds the verb's function, and turns whatever happens into one sentence and an exit code.
+"""`puna VERB`: finds the verb's function, and turns an error into one sentence and an exit code.
 
 Exit codes: 0 done, 2 the user can put it right, 1 a defect of puna, 130 Ctrl-C. The verbs are in `puna.commands`. No
 --help imports torch: command modules import it inside their functions.
@@ -35,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         del words[0]
     rank = os.environ.get("RANK", "0")
     name, errors = ("puna" if rank == "0" else f"puna (rank {rank})"), sys.stderr
-    for stream, how in ((sys.stdout, "surrogateescape"), (errors, "backslashreplace")):  # names of files may be no text
+    for stream, handler in (
+        (sys.stdout, "surrogateescape"),
+        (errors, "backslashreplace"),
+    ):  # file names may be no UTF-8
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors=how)
-    if rank != "0":  # under torchrun all ranks compute, one speaks; the others have errors of their own to tell at most
+            stream.reconfigure(errors=handler)
+    if rank != "0":  # under torchrun only rank 0 prints results; the others print their own errors at most
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     trace = bool(os.environ.get("PUNA_TRACEBACK"))
     if "--traceback" in words:
@@ -48,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
         return code
-    except SystemExit:  # --help and --print-config have printed what was asked for
+    except SystemExit:  # --help and --print-config
         return 0
-    except BrokenPipeError:  # the reader of stdout left, as `head` does; that is no one's mistake
+    except BrokenPipeError:  # the reader of stdout ended, as `head` does: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trace:
             traceback.print_exc(file=errors)
         if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
-            # This machine's first rank says the same: until it has, don't let torchrun end it because this one ended.
+            # This machine's first rank reports the same error: don't let torchrun kill it before, because this one ended.
             time.sleep(1)
             return 2
         sentence = _users_own(error)

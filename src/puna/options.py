@@ -63,9 +63,8 @@ class Option:
 def argument(help: str, default: Any = MISSING, *, rest: bool = False, writes: str | None = None) -> Any:
     """A positional field; required without a default. A `tuple[str, ...]` takes all that remain.
 
-    `rest`: it takes everything from the first positional on as it is, options of another command too.
-
     It can be given by name too (`--model X`, `model: X`); then the positionals of the command line fill the others.
+    `rest`: it takes everything from the first positional on unparsed, options of another command too.
     """
     return field(default=default, metadata={"help": help, "positional": True, "rest": rest, "writes": writes})
 
@@ -84,8 +83,8 @@ def option(
     """A `--named` field; required when `default` is `dataclasses.MISSING`. The help of a flag says what true does.
 
     `aliases` and `old_values`: former spellings, which still work with a note on stderr. `minimum`, `above`: bounds of
-    a number, or of each number of a list. `escapes`: the command line takes \\n and the like. `writes`: the path is
-    one that the verb writes, so that what can't be written to is refused at once.
+    a number, or of each number of a list. `escapes`: the command line takes \\n and the like. `writes`: the
+    kind of path that the verb writes; one that can't be written is refused at once.
     """
     metadata = {"help": help, "aliases": aliases, "old_values": old_values or {}, "minimum": minimum, "above": above}
     metadata |= {"escapes": escapes, "writes": writes}
@@ -95,7 +94,7 @@ def option(
 
 
 def group(kind: type, **defaults: Any) -> Any:
-    """A field that holds a dataclass of options, with `defaults` of its own where they differ from the dataclass's."""
+    """A field that holds a dataclass of options; `defaults` override the dataclass's own."""
     return field(default_factory=lambda: kind(**defaults), metadata={"group": kind, "defaults": defaults})
 
 
@@ -300,7 +299,7 @@ def _renamed(name: str, known: Mapping[str, Option]) -> str | None:
 
 
 def _modern(value: Any, entry: Option, before: str, now: str) -> Any:
-    """`value` in its present spelling, with one note where it or the option's name, `before` as given, has changed."""
+    """`value` in its present spelling; one note if it, or the option's name `before` (as given), is a former one."""
     new = entry.old_values.get(value) if isinstance(value, str) else None
     if new is not None:
         _note(f"{before} {value} is now {now} {new}")
@@ -324,7 +323,7 @@ def _checked(value: Any, entry: Option, name: str) -> Any:
 
 
 def _check_output(text: str, what: str, name: str) -> None:
-    """Raises UserError for a path that can't be written: what is known now need not end hours of work."""
+    """Raises UserError for a path that can't be written, before hours of work."""
     path = Path(text).expanduser()
     if not path.name or path.name == "..":
         raise UserError(f"{name} {text!r} must name a {what} of its own, such as {Path(text, 'result')}")

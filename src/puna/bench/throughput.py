@@ -1,4 +1,4 @@
-"""A queue of requests, a fixed number of them at once, until all are answered."""
+"""Throughput of a queue of requests at a fixed concurrency."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def time_queues(llm: LLM, queues: Sequence[Queue], batches: Sequence[int], rng: 
 
 
 def serve(llm: LLM, requests: list[Lengths], batch: int, rng: random.Random) -> tuple[float, list[float]]:
-    """Seconds until all are answered, and each one's own from its start to its end, `batch` of them at once.
+    """Seconds until all are answered, and each request's own latency, at a concurrency of `batch`.
 
     Prompts are random tokens of the given lengths, so that none finds its prefix in the cache.
     """

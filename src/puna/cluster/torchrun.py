@@ -14,8 +14,8 @@ def torchrun_arguments(
 ) -> list[str]:
     """torchrun's arguments for `puna COMMAND` in `nproc` processes on each of `nnodes` machines.
 
-    `rendezvous`: HOST:PORT of the first machine; None on a single one. torchrun takes an option of the command that
-    abbreviates several of its own, such as --n, for its own; after `--` it doesn't.
+    `rendezvous`: HOST:PORT of the first machine; None on a single one. torchrun would parse options of the command
+    that abbreviate its own, such as --n; the `--` prevents that.
     """
     flags = [f"--nproc-per-node={nproc}"]
     if rendezvous is None:

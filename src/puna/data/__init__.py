@@ -1,1 +1,1 @@
-"""From raw files to packed rows of tokens: sources, handlers, masks, the token store, packing, loading."""
+"""Training data, from raw files to packed rows: sources, handlers, label masks, token stores, packing, loading."""

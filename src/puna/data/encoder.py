@@ -1,7 +1,7 @@
-"""From samples to token ids and labels: which tokens are trained, the end token of each answer among them.
+"""Encoding of samples to token ids and labels. Answers are trained, each with its end token.
 
 A conversation is rendered and tokenised once, as the model will see it. The answers are found as spans of the text and
-mapped to tokens by their offsets. Tokenising the prompt again to measure it would give other tokens at the seam.
+mapped to tokens by their offsets. Tokenising the prompt alone to measure it could give other tokens at the boundary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPELLED = "texts spell special tokens, which are encoded as plain text (--specia
 
 
 class MaskError(UserError):
-    """The answers can't be located in what the template renders."""
+    """The answers can't be located in the rendered conversation."""
 
 
 class Answer(NamedTuple):
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class LabelEncoder:
-    """Samples to (ids, labels) under one tokenizer and chat template.
+    """Encodes samples to (ids, labels) with one tokenizer and chat template.
 
     loss: train "all" answers of a conversation, or the "last". append_eos: end documents with EOS. special_tokens:
     recognise special tokens that documents spell. values: variables for the template.
@@ -92,7 +92,7 @@ class LabelEncoder:
             raise RowError(str(error).rstrip(".")) from error
 
     def notes(self, content: Text | Chat | Completion | Pair) -> list[str]:
-        """What the samples ask for and don't get, each as the end of a sentence that begins with a count."""
+        """Notes on requests of a sample that are ignored, each phrased to follow a count."""
         match content:
             case Text():
                 spelled = not self.special_tokens and self._special and self._special.search(content.text)
@@ -154,7 +154,7 @@ class LabelEncoder:
         return ids, labels
 
     def _fit(self, messages: Messages) -> Messages:
-        """The messages as the template takes them: an "input" it doesn't read goes on a line behind the content."""
+        """The messages in the template's form: an "input" that it doesn't read is appended to the content."""
         template = self.tokenizer.chat_template or ""
         if "tool_calls" not in template and any(message.get("tool_calls") for message in messages):
             raise RowError("tool calls, which the chat template does not render")
@@ -226,7 +226,7 @@ class LabelEncoder:
         """Ids of a text in which answers begin at `begins`, and the character where each id starts, int64 [ids].
 
         Where one token would hold the end of a prompt and the beginning of its answer (`:D` in `Response:Dogs`), the
-        text is split there, so that the prompt has the ids that it will have when the model is asked.
+        text is split there, so that the prompt has the same ids as at inference.
         """
         ids, offsets = self.tokenizer.encode_offsets(text, special=special)
         starts, ends = np.array(offsets).reshape(-1, 2).T
@@ -269,7 +269,7 @@ class LabelEncoder:
         return ranges
 
     def _ends(self, eos: bool) -> tuple[Ids, Ids]:
-        """The BOS and the EOS of a text by itself."""
+        """The ids before and after a text without a chat template: BOS and EOS."""
         tokenizer = self.tokenizer
         before = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         after = [tokenizer.eos_id] if (eos or tokenizer.add_eos) and tokenizer.eos_id is not None else []

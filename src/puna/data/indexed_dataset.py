@@ -31,12 +31,12 @@ SAMPLED = 64  # pages of a store that its fingerprint reads
 IGNORED = -100  # the label of a token that is not trained
 TEXT, IDS, LABELS = "_text_document", "_input_ids_document", "_labels_document"
 SIDES = ("chosen", "rejected")  # the two sequences of a preference
-PARTS = re.compile(r"(_train|_validation)?(_chosen|_rejected)?$")  # what a prefix adds to that of its metadata
+PARTS = re.compile(r"(_train|_validation)?(_chosen|_rejected)?$")  # suffixes that the prefix of the metadata lacks
 MAX_METADATA = 64 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype that Megatron-LM would choose for text of a vocabulary."""
+    """Megatron-LM's choice of dtype for the token ids of a vocabulary."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -56,7 +56,7 @@ class IndexedDataset:
             )
         self.tokens = np.memmap(path, self.dtype, "r") if size else np.empty(0, self.dtype)
         self.lengths = counts
-        if len(self._bounds) != len(counts) + 1 or (np.diff(self._bounds) != 1).any():  # several sequences a document
+        if len(self._bounds) != len(counts) + 1 or (np.diff(self._bounds) != 1).any():  # several sequences per document
             ends = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
             self.lengths = np.diff(ends[self._bounds]).astype(np.int32)
 
@@ -72,7 +72,7 @@ class IndexedDataset:
         return self.tokens[start : start + length]
 
     def identity(self) -> bytes:
-        """Bytes that differ between stores: all lengths, and a sample of the tokens.
+        """Bytes that identify the store: all lengths, and a sample of the tokens.
 
         The sample is the first and last 4 KiB and other pages at even distances.
         """
@@ -86,7 +86,7 @@ class Dataset:
     """The samples under a prefix, as `puna data prepare` or Megatron-LM wrote them.
 
     Text is `PREFIX_text_document`; instruction data `PREFIX_input_ids_document` and `PREFIX_labels_document`, where a
-    label is its token or -100. `lengths` is int32 [samples]; `metadata` what prepare wrote, {} without any.
+    label is its token or -100. `lengths` is int32 [samples]; `metadata` the JSON that prepare wrote, {} without any.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -116,7 +116,7 @@ class Dataset:
         return digest.hexdigest()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """UserError when the samples were made with another vocabulary. Without metadata nothing is known."""
+        """Raises UserError when the samples were made with another vocabulary. Without metadata there is no check."""
         made = self.metadata.get("tokenizer", {}).get("vocabulary")
         if made not in (None, tokenizer.fingerprint(template=False)):
             name = self.metadata["tokenizer"].get("source", "another tokenizer")
@@ -127,9 +127,9 @@ class Dataset:
 
 
 def open_dataset(prefix: str | Path) -> Dataset:
-    """The dataset under a prefix; the name of its `_text_document` or `_input_ids_document` file does as well.
+    """The dataset under a prefix; the name of its `_text_document` or `_input_ids_document` file is accepted too.
 
-    Raises UserError when there is none, naming the prefixes that are there, and when it is empty or damaged.
+    Raises UserError when it is missing, naming the existing prefixes, and when it is empty or damaged.
     """
     name = re.sub(rf"({TEXT}|{IDS})(\.bin|\.idx)?$", "", str(prefix))
     if not any(Path(f"{name}{store}.idx").exists() for store in (TEXT, IDS)):
@@ -149,7 +149,7 @@ def open_datasets(prefix: str | Path) -> list[Dataset]:
 
 
 def read_metadata(prefix: str) -> dict[str, Any]:
-    """What `puna data prepare` wrote beside the data, {} when there is nothing."""
+    """The metadata that `puna data prepare` wrote beside the data, {} without any."""
     for path in (Path(f"{prefix}.json"), Path(PARTS.sub("", prefix) + ".json")):
         if path.is_file():
             try:
@@ -163,11 +163,11 @@ def read_metadata(prefix: str) -> dict[str, Any]:
 
 
 class IndexedDatasetBuilder:
-    """Writes a store so that it appears whole or not at all.
+    """Writes a store atomically.
 
     Tokens and lengths go to hidden files beside the destination, so that memory stays constant. `finalize` puts both in
-    place. As a context manager it finalizes, and removes the hidden files when the body fails. `mark` and `at` go on
-    after a kill: `IndexedDatasetBuilder(prefix, dtype, at=writer.mark())` is the writer as at `mark`.
+    place. As a context manager it finalizes, and removes the hidden files when the body fails. `mark` and `at`
+    resume after a kill: `IndexedDatasetBuilder(prefix, dtype, at=writer.mark())` restores the state at `mark`.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type, *, at: tuple[int, int] | None = None) -> None:
@@ -241,7 +241,7 @@ class IndexedDatasetBuilder:
         del lengths
         self.mark()
         self.close()
-        self.idx.unlink(missing_ok=True)  # tokens never stand beside the index of others
+        self.idx.unlink(missing_ok=True)  # never beside the index of other tokens
         os.replace(self.parts[0], self.bin)
         os.replace(self.parts[1], self.idx)
 

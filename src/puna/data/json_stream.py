@@ -1,4 +1,4 @@
-"""The elements of a JSON file one by one, however large it is: the standard library reads only whole files."""
+"""A stream of the elements of a JSON file of any size; the standard library reads only whole files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ DECODER = json.JSONDecoder()
 def json_texts(file: IO[str], limit: int) -> Iterator[str]:
     """The text of each row: the elements of an array, or of the array under "data" in an object, or value after value.
 
-    What can't be parsed, because it is wrong or the file ends inside it, comes as the beginning of its text, and ends
-    the reading. No more than an element, `limit` characters at most, and a block are held.
+    A malformed or truncated value is yielded as the beginning of its text and ends the stream. At most one element, up
+    to `limit` characters, and one block are in memory.
     """
     window = _Window(file, limit)
     if window.peek() == "[":
@@ -52,7 +52,7 @@ class _Window:
         self.held: int | None = None  # where the text begins that must stay, when that is before `at`
 
     def peek(self) -> str:
-        """The next character that is no white space, "" at the end."""
+        """The next character that isn't white space, "" at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -63,7 +63,7 @@ class _Window:
         self.at += 1
 
     def value(self) -> str | None:
-        """The text of the next value, None when there is no whole one."""
+        """The text of the next value, None when it is incomplete."""
         self.peek()
         while True:
             try:
@@ -76,7 +76,7 @@ class _Window:
             return text
 
     def enter(self, wanted: str) -> bool:
-        """Step over the members of an object into the array called `wanted`; stay where it is when there is none."""
+        """Advance over the members of an object into the array `wanted`; don't move when there is none."""
         self.held = self.at
         self.take()
         found = False
@@ -101,7 +101,7 @@ class _Window:
         return self.text[self.at : self.at + 200] or "{"
 
     def _more(self) -> bool:
-        """Read on, forgetting what is done with; False at the end of the file or of patience."""
+        """Read a block and drop the consumed text; False at the end of the file or beyond the limit."""
         first = self.at if self.held is None else self.held
         if self.ended or len(self.text) - first > self.limit:
             return False

@@ -1,8 +1,8 @@
 """Batches of packed rows: shuffled, mixed by weight, distributed over the data-parallel ranks.
 
 Rows are numbered 0, 1, 2 ... without end. The content of a row follows from the stores, the row length and the seed; a
-global batch is the next rows, however they are distributed over ranks. So the position in the data is one number, and a
-training may resume with other ranks and another batch size without repeating or missing a sample.
+global batch is the next rows, however they are distributed over ranks. So the position in the data is one number, and
+training may resume on another number of ranks and batch size without repeating or missing a sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packing: which documents share a row of one length. Decided by lengths and a seed alone.
+"""Packing of documents into rows of one length, decided by the lengths and a seed alone.
 
 Everything here works on arrays of lengths, so that a plan for millions of documents takes seconds.
 """
@@ -43,7 +43,7 @@ def split(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> Plan:
-    """Best-fit decreasing: longest piece first, into the fullest row that still has room for it.
+    """Best-fit decreasing: longest piece first, into the fullest row that it still fits.
 
     `lengths` int [documents]. Pieces of one length are alike, so whole groups of them go to whole groups of rows, and
     `seed` decides which comes where.
@@ -53,8 +53,8 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> Plan:
     order = shuffled[np.argsort(-size[shuffled], kind="stable")]
     row = np.empty(len(doc), np.int64)  # of each piece
     rows = 0
-    room: dict[int, list[np.ndarray]] = {}  # free tokens -> the rows that have so many
-    free: list[int] = []  # the keys of `room`, ascending
+    rows_by_free: dict[int, list[np.ndarray]] = {}  # free tokens -> the rows with that many
+    free: list[int] = []  # the keys of `rows_by_free`, ascending
     edges = np.flatnonzero(np.diff(size[order], prepend=-1, append=-1))
     for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         todo, length = order[first:last], int(size[order[first]])
@@ -62,13 +62,13 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> Plan:
             at = bisect_left(free, length)
             if at < len(free):
                 space = free.pop(at)
-                groups = room.pop(space)
+                groups = rows_by_free.pop(space)
                 targets = groups[0] if len(groups) == 1 else np.concatenate(groups)
             else:
                 space = capacity
                 targets = np.arange(rows, rows + -(-len(todo) // (capacity // length)))
                 rows += len(targets)
-            # Best fit keeps on filling the row that it has just put a piece of this length into.
+            # Best fit keeps filling the row that received the last piece of this length.
             each = space // length
             used = min(len(targets), -(-len(todo) // each))
             taken = todo[: used * each]
@@ -81,15 +81,15 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> Plan:
                 (space, targets[used:]),
             ):
                 if len(part) and rest:
-                    if rest not in room:
+                    if rest not in rows_by_free:
                         insort(free, rest)
-                    room.setdefault(rest, []).append(part)
+                    rows_by_free.setdefault(rest, []).append(part)
             todo = todo[len(taken) :]
     return _gather(doc, start, size, row, rows, shuffled)
 
 
 def concatenate(lengths: np.ndarray, capacity: int, seed: int) -> Plan:
-    """The shuffled documents end to end, cut every `capacity` tokens, wherever that falls. Only the last is short."""
+    """The shuffled documents end to end, cut every `capacity` tokens; only the last row is shorter."""
     lengths = np.asarray(lengths, np.int64)
     order = np.random.default_rng(seed).permutation(len(lengths))
     ends = lengths[order].cumsum()
@@ -117,7 +117,7 @@ PACKINGS = {"best_fit": best_fit, "concat": concatenate, "none": one_each}
 def _gather(
     doc: np.ndarray, start: np.ndarray, size: np.ndarray, row: np.ndarray, rows: int, shuffled: np.ndarray
 ) -> Plan:
-    """The plan in which piece i stands in `row[i]`; pieces within a row in shuffled order."""
+    """The plan in which piece i is in `row[i]`; pieces within a row in shuffled order."""
     order = shuffled[np.argsort(row[shuffled], kind="stable")]
     bounds = np.concatenate([[0], np.bincount(row, minlength=rows).cumsum()])
     return Plan(doc[order], start[order], size[order], bounds)

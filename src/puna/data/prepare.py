@@ -49,14 +49,14 @@ from puna.weights import hub
 from puna.weights.open import open_checkpoint
 
 SMALL = 4 << 20  # bytes of input that are encoded before a worker would have started
-PROBED = 100  # rows that are tried before the work begins
+PROBED = 100  # rows encoded as a trial before the work begins
 VERSION = 1
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:
-    """Prepare the data as `options` say and return their metadata. Raises UserError for whatever the user can correct.
+    """Prepare the data by `options` and return their metadata. Raises UserError for whatever the user can correct.
 
-    Nothing finished is touched before all of its replacement is complete on the disk.
+    Existing data are replaced only once their replacement is complete on disk.
     """
     out = options.out
     if out.name in ("", ".."):
@@ -116,7 +116,7 @@ def _run(
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    """UserError when there are data under the prefix that must not be replaced."""
+    """Raises UserError when data under the prefix must not be replaced."""
     there = outputs(out)
     if there and not overwrite:
         raise UserError(f"{there[0]} exists already: choose another --out, or add --overwrite.")
@@ -150,7 +150,7 @@ def load_tokenizer(ref: str, template: str | None = None) -> Tokenizer:
 
 
 def _choose(options: PrepareOptions, found: list[Source]) -> tuple[str, sources.Documents]:
-    """The handler's name, and what a document of a text file is."""
+    """The handler's name, and the unit of text files that is a document."""
     name = options.handler
     if name == "auto":
         probed = next((rows for source in found if (rows := _first_rows(source, "line", 20))), [])
@@ -162,7 +162,7 @@ def _choose(options: PrepareOptions, found: list[Source]) -> tuple[str, sources.
 
 
 def _check(job: Job, found: list[Source], documents: sources.Documents) -> None:
-    """Try the first rows, so that a wrong handler or template is found at once."""
+    """Try the first rows, so that a wrong handler or template is reported at once."""
     handler, tokenizer = get_handler(job.handler, job.text_field), job.encoder.tokenizer
     if handler.kind == "text" and job.encoder.append_eos and tokenizer.eos_id is None:
         raise UserError("This tokenizer has no EOS to end documents with: add --no-append-eos.")
@@ -227,7 +227,7 @@ def encoded_here(
 
 
 def _facts(job: Job, found: list[Source], documents: sources.Documents) -> dict[str, Any]:
-    """Everything that decides the bytes that are written."""
+    """Everything that the bytes of the output depend on."""
     tokenizer, encoder, handler = job.encoder.tokenizer, job.encoder, get_handler(job.handler)
     text = handler.kind == "text"
     template = {
@@ -265,7 +265,7 @@ def _source(source: Source) -> dict[str, Any]:
 def _metadata(
     options: PrepareOptions, job: Job, facts: dict[str, Any], stats: Stats, hashes: dict[str, str]
 ) -> dict[str, Any]:
-    """What is written beside the data: their sources, how they were made, and counts."""
+    """The metadata beside the data: sources, options and counts."""
     listed = []
     for source in facts["sources"]:
         digest = {"sha256": hashes[source["name"]]} if source["name"] in hashes else {}
@@ -290,7 +290,7 @@ def _rejections(stats: Stats) -> list[str]:
 
 
 def _report(metadata: dict[str, Any], found: list[Source], stats: Stats) -> None:
-    """Notes on stderr about what was left out."""
+    """Print notes on skipped sources and rejected rows to stderr."""
     for source in found:
         if not stats.rows.get(source.name):
             print(f"{source.name} holds no rows", file=sys.stderr)

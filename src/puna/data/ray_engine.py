@@ -1,4 +1,4 @@
-"""The same preparation as a Ray Data job, for several machines, all of which must be able to read the sources.
+"""Preparation as a Ray Data job on several machines, all of which must be able to read the sources.
 
 Files that can be split are distributed in spans, all others whole. Results come back in order and are written by the
 process that started the job, so that the bytes are those of a run without Ray.
@@ -49,7 +49,7 @@ def _tasks(found: list[Source], documents: Documents) -> Iterator[Source | list[
 
 
 class _Worker:
-    """What runs in Ray's processes: the job is sent once, then each task gives a row for each chunk."""
+    """The worker in Ray's processes: the job is sent once, then each task returns a row per chunk."""
 
     def __init__(self, job: bytes, documents: Documents) -> None:
         self.job: Job = pickle.loads(job)

@@ -26,7 +26,7 @@ BEGINS: dict[str, Callable[[bytes, bytes], bool]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes `start` to `end` of a file that is read when it is needed."""
+    """Bytes `start` to `end` of a file, read lazily."""
 
     path: str
     start: int
@@ -40,7 +40,7 @@ def spans(path: str, begins: Callable[[bytes, bytes], bool]) -> Iterator[Span]:
         start = 0
         while start < size:
             file.seek(min(start + CHUNK_BYTES, size))
-            file.readline(MAX_ROW)  # the rest of a line; the next is the first that is known whole
+            file.readline(MAX_ROW)  # the rest of a line; the next one is complete
             end = file.tell()
             before = file.readline(MAX_ROW) if begins is not BEGINS["line"] else b""
             while begins is not BEGINS["line"] and end < size:

@@ -1,4 +1,4 @@
-"""What a row of a dataset becomes before it is tokenised: a document, a conversation, a completion or a pair.
+"""Samples, the form of a dataset's rows before tokenisation: document, conversation, completion or pair.
 
 Handlers make samples and the encoder reads them, so that neither knows the other.
 """
@@ -23,7 +23,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation. `last`: only the last answer is trained, whatever `--loss` says."""
+    """A conversation. `last`: only the last answer is trained, regardless of `--loss`."""
 
     messages: Messages
     tools: list[dict[str, Any]] | None = None
@@ -55,7 +55,7 @@ class Sample:
 
 
 class RowError(Exception):
-    """Why a row is rejected: a noun phrase, the same for all rows with that fault, so that they can be counted."""
+    """The reason for rejecting a row: a noun phrase, equal for all rows with that fault, to be counted."""
 
 
 class MissingField(RowError):

@@ -15,7 +15,7 @@ BLOCK = 1 << 20
 
 
 def facts(data: Dataset, seq_len: int | None = None) -> dict[str, str]:
-    """The rows of a dataset's column."""
+    """A dataset's column of the table, by row name."""
     lengths = np.asarray(data.lengths)
     tokens, count = int(lengths.sum(dtype=np.int64)), trained(data)
     table: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A chunk of rows to arrays of tokens: the part of the preparation that runs in many processes."""
+"""Encoding of a chunk of rows to token arrays, the work of the preparation's processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from puna.data.samples import RowError, Sample, Text
 from puna.data.sources import BadRow, Chunk, rows
 
 MAX_REASON = 300  # characters; a reason may quote what a template says
-# How a kind of sample is stored: for each sequence that it is encoded to, the stores of its ids and labels
+# How each kind of sample is stored: for each sequence that it is encoded to, the stores of its ids and labels
 STORES: dict[str, list[tuple[str, ...]]] = {
     "text": [(TEXT,)],
     "instruction": [(IDS, LABELS)],
@@ -31,7 +31,7 @@ STORES: dict[str, list[tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know."""
+    """The settings that every worker gets."""
 
     encoder: LabelEncoder
     handler: str
@@ -60,7 +60,7 @@ class Encoded:
     """The samples of a chunk.
 
     stores: (split, store) -> tokens end to end (int32), and lengths. rejected: counts by reason. examples: reason ->
-    the first row with it, counted from 0 in the chunk. notes: counts of what was used but not as the data ask.
+    the first row with it, counted from 0 in the chunk. notes: counts of requests in the data that are ignored.
     """
 
     rows: int = 0
@@ -144,7 +144,7 @@ _job: Job
 
 
 def start_worker(job: Job) -> None:
-    """Called once in each process: the job is large, its chunks are small."""
+    """Initialise a worker process. The job is sent once, since it is large and chunks are small."""
     global _job
     _job = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
@@ -153,7 +153,7 @@ def start_worker(job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process with the one that started it, which may be killed without a chance to stop its workers."""
+    """End this process when its parent ends, which may be killed without a chance to stop its workers."""
     if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
         os._exit(1)

@@ -39,7 +39,7 @@ STATE, PUBLICATION = "state.json", "publication.json"
 
 @dataclass
 class Stats:
-    """What was done so far: chunks of all sources, and in `marks` the (documents, bytes) of each store."""
+    """Progress: chunks of all sources, and in `marks` the (documents, bytes) of each store."""
 
     chunks: int = 0
     marks: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -124,7 +124,7 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open folder; False when another process holds it. Where there are no such locks, nothing is locked."""
+    """Lock an open folder; False when another process holds it. Without file locks, True."""
     try:
         import fcntl
 
@@ -145,7 +145,7 @@ def _same(descriptor: int, folder: Path) -> bool:
 
 
 def complete_publication(folder: Path, out: Path) -> dict[str, Any] | None:
-    """Move a complete output from its staging folder into place, over older data; its record, None without one.
+    """Move a complete output from its staging folder over older data. Returns its record, None without one.
 
     Can be repeated after a kill at any point: the record is removed last.
     """
@@ -155,10 +155,10 @@ def complete_publication(folder: Path, out: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     metadata = metadata_path(out)
-    metadata.unlink(missing_ok=True)  # what it says no longer holds for all files
+    metadata.unlink(missing_ok=True)  # it no longer describes all files
     for path in sorted(folder.iterdir()):  # .bin before .idx
         if path.name in names:
-            if path.suffix == ".bin":  # tokens never stand beside the index of others
+            if path.suffix == ".bin":  # never beside the index of other tokens
                 out.with_name(path.stem + ".idx").unlink(missing_ok=True)
             os.replace(path, out.with_name(path.name))
     for path in outputs(out):
@@ -171,9 +171,9 @@ def complete_publication(folder: Path, out: Path) -> dict[str, Any] | None:
 
 
 class Output:
-    """The stores that are being written in a staging folder. A context manager around the writing.
+    """The stores under construction in a staging folder, as a context manager.
 
-    `stats` says what an earlier run of the same job has done already.
+    `stats`: the progress of an earlier run of the same job, to resume from.
     """
 
     def __init__(self, options: PrepareOptions, job: Job, facts: dict[str, Any], folder: Path) -> None:
@@ -190,13 +190,13 @@ class Output:
     def __enter__(self) -> Output:
         try:
             self._open()
-        except (FileNotFoundError, UserError):  # the saved state is of files that are gone or short
+        except (FileNotFoundError, UserError):  # the files of the saved state are missing or too short
             self.stats, self._kept = Stats(), False
             self._open()
         return self
 
     def _open(self) -> None:
-        if not self.stats.chunks:  # what is there belongs to another job
+        if not self.stats.chunks:  # existing files belong to another job
             for path in self.folder.iterdir():
                 path.unlink()
         for (split, store), dtype in self._stores.items():
@@ -207,7 +207,7 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """After an error what was saved stays."""
+        """After an error the saved state is kept."""
         for writer in self._writers.values():
             writer.close()
         if kind is not None and self._kept:

@@ -1,1 +1,1 @@
-"""Comparisons of two things that should be the same."""
+"""Comparisons of training runs that should agree."""

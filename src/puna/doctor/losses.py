@@ -70,8 +70,8 @@ def text(report: LossReport, relative: float, absolute: float) -> str:
     ]
     if report.first_step is not None:
         lines.append(f"{'':<20}first above the absolute limit at step {report.first_step}")
-    said = "The losses agree." if report.same else "The losses differ."
-    return "\n".join([*lines, "", said])
+    verdict = "The losses agree." if report.same else "The losses differ."
+    return "\n".join([*lines, "", verdict])
 
 
 def read_losses(path: Path) -> dict[int, float]:

@@ -146,7 +146,7 @@ class _Causal(torch.autograd.Function):
 
 
 def _mask(q: Tensor, k: Tensor) -> Tensor:
-    """Added to the scores of QUERIES queries, of each head of a group, over as many keys: -inf for later ones."""
+    """The causal mask of a block of QUERIES queries over as many keys, per head of a group: -inf for later keys."""
     later = torch.full((QUERIES, QUERIES), -math.inf, dtype=q.dtype).triu(1)
     return later.repeat(q.shape[2] // k.shape[2], 1, 1)
 

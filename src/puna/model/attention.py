@@ -84,7 +84,7 @@ def document_attention(queries: Tensor, keys: Tensor, query_order: Tensor, key_o
 
 
 def masked_attention(visible: Tensor) -> Attend:
-    """Attention by a mask, bool [B, T, P], of the keys that each query sees."""
+    """Attention by a mask, bool [B, T, P], of the keys that each query attends to."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible.unsqueeze(1)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""One linear layer with slots for what may change in it: how its weight is stored, how it is multiplied, what is added.
+"""One linear layer with slots: storage of the weight, matrix product, added update, access to parameters.
 
 The slots compose where classes would multiply: a quantised layer under tensor parallelism with a LoRA adapter is this
 class with three slots filled.
@@ -21,12 +21,12 @@ class Scheme(Protocol):
 
     @property
     def stored(self) -> Mapping[str, Any]:
-        """The tensors that stand in the place of `weight`, by attribute name."""
+        """The tensors that replace `weight`, by attribute name."""
         ...
 
 
 def dense(x: Tensor, linear: Linear) -> Tensor:
-    """The product with a weight that is stored as it is: x [..., in] -> [..., out]."""
+    """The product with a plain weight: x [..., in] -> [..., out]."""
     return F.linear(x, linear.get_param(linear, "weight"))
 
 

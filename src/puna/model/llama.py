@@ -1,4 +1,4 @@
-"""The LLaMA decoder. It knows nothing of ranks, pages, quantisation or adapters; those are put into it from outside.
+"""The LLaMA decoder. It knows nothing of ranks, pages, quantisation or adapters; those are set from outside.
 
 Leading dimensions are free: [B, T] tokens in training, [N] tokens of many sequences in serving. `attend` owns masks and
 caches. Modules carry Hugging Face's names and rotate-half RoPE, so that importing a checkpoint is
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
 class Embedding(nn.Module):
     """Token ids [...] -> vectors [..., hidden].
 
-    `vocab_start`: the first id of this rank's part of a split vocabulary, None for a whole one.
+    `vocab_start`: the first id of this rank's shard of a split vocabulary, None for a whole one.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:

@@ -23,7 +23,7 @@ from puna.model.llama import Llama
 from puna.model.lora_options import LINEARS, LoraOptions
 
 T = TypeVar("T")
-ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the output layer
 
 
 class LoRA(nn.Module):
@@ -76,8 +76,8 @@ def lora_tensors(config: ModelConfig, options: LoraOptions) -> dict[str, tuple[i
 
 
 def initial(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What an update's tensor is before training, by its name alone whatever the layout: A uniform in +-1/sqrt(in)
-    (kaiming with a = sqrt(5), as torch's and peft's), B zero. `shape` is the whole tensor's; cut a rank's part from it.
+    """The initial value of an update's tensor, by its name alone whatever the layout: A uniform in +-1/sqrt(in) (kaiming
+    with a = sqrt(5), as in torch and peft), B zero. `shape` is the whole tensor's; take a rank's slice of the result.
     """
     if name.endswith(".adapter.b"):
         return torch.zeros(shape, dtype=dtype)

@@ -1,13 +1,13 @@
-"""Which rows of which tensor a rank holds: the one place that answers it.
+"""The tensor-parallel plan: the slice of each tensor that a rank holds.
 
 `TP_PLAN` names the dimension in which a weight is split, `tp_slice` gives a rank's slice of it. Splitting modules,
-reading a rank's part of a file, per-rank checkpoints, LoRA adapters and the KV cache all ask here. Two rules cut a
-dimension into parts, because training has no choice:
+reading a rank's slices of a file, per-rank checkpoints, LoRA adapters and the KV cache all use it. Two rules chunk a
+dimension:
 
-- `chunk`, parts that differ by one at most: inference and every per-rank checkpoint, where a rank must never be left
-  without rows and sizes need no padding;
-- `dtensor_chunk`, equal parts with the last ones smaller: torch's DTensor, whose `Shard` placement FSDP2 and
-  torch.distributed.checkpoint read in no other way.
+- `chunk`, chunks that differ by one at most: inference and every per-rank checkpoint, where every rank must have rows
+  and sizes need no padding;
+- `dtensor_chunk`, equal chunks with the last ones smaller: training, since FSDP2 and torch.distributed.checkpoint
+  require the `Shard` placement of torch's DTensor.
 
 They agree wherever the ranks divide the dimension. No torch here: the planner and the command line read it too.
 """

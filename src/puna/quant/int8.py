@@ -36,7 +36,7 @@ def pack(weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] that the stored tensors stand for, rounded once to `dtype`."""
+    """The dequantised weight [out, in], rounded once to `dtype`."""
     exact = torch.promote_types(dtype, torch.float32)
     return (stored["weight"].to(exact) * stored["weight_scale"].to(exact)).to(dtype)
 

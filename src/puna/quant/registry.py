@@ -22,7 +22,7 @@ def choose_scheme(name: str) -> QuantScheme:
 
 
 def quantised_layers(model: Llama) -> Iterator[tuple[str, Linear]]:
-    """The linear layers that a scheme is for, by their names: all but the output layer, which is kept whole."""
+    """The linear layers that are quantised, by name: all but the output layer."""
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module is not model.lm_head:
             yield name, module

@@ -1,4 +1,4 @@
-"""The record that a quantisation scheme is, and what follows from its declaration: shapes, bytes, cutting, fusing.
+"""`QuantScheme`, the record of a quantisation scheme, and what follows from it: shapes, bytes, slicing, fusing.
 
 A scheme stores the weight [out, in] of a `Linear` as one or several tensors. Each is declared with its dtype and, per
 dimension, what of the weight it follows: `out`, `in`, `in/32` (one entry per 32 input features) or `1`. From that
@@ -26,7 +26,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a scheme: its dtype, and what of the weight [out, in] each of its dimensions follows."""
+    """One tensor of a scheme: its dtype, and the feature of the weight [out, in] that each dimension follows."""
 
     dtype: torch.dtype
     dims: tuple[str, ...]
@@ -45,7 +45,7 @@ class StoredTensor:
         return tuple(shape)
 
     def index(self, weight_index: Index) -> Index:
-        """The part of it that belongs to `weight[weight_index]`, two slices with bounds and step 1."""
+        """Its slice for `weight[weight_index]`, an index of two slices with bounds and step 1."""
         slices = dict(zip(("out", "in"), weight_index, strict=True)) | {"1": slice(0, 1)}
         index = []
         for dim in self.dims:
@@ -64,8 +64,8 @@ class QuantScheme:
     """How a weight is stored and multiplied.
 
     name, summary: for the command line. stored: the tensors that replace `Linear.weight`, by attribute name.
-    pack(weight [out, in], any float dtype) -> those tensors. unpack(stored tensors, dtype) -> the weight [out, in] that
-    they stand for. matmul(x [..., in], linear) -> [..., out] in x's dtype, the plain torch form and the oracle of every
+    pack(weight [out, in], any float dtype) -> those tensors. unpack(stored tensors, dtype) -> the dequantised
+    weight [out, in]. matmul(x [..., in], linear) -> [..., out] in x's dtype, the plain torch form and the oracle of every
     faster one. kernel(device, dtype): the fastest equal form on a device for activations of a dtype, chosen once when
     the model is built; None where there is only `matmul`. differentiable: the gradient of x passes through `matmul`.
     """
@@ -85,7 +85,7 @@ class QuantScheme:
         return {name: tensor.shape(out_features, in_features) for name, tensor in self.stored.items()}
 
     def nbytes(self, out_features: int, in_features: int) -> int:
-        """Bytes that a weight [out_features, in_features] takes."""
+        """Bytes of a stored weight [out_features, in_features]."""
         shapes = self.shapes(out_features, in_features)
         return sum(torch.Size(shapes[name]).numel() * tensor.dtype.itemsize for name, tensor in self.stored.items())
 

@@ -1,7 +1,7 @@
 """The pre-tokenizers of byte-level BPE vocabularies: the regular expressions that split text into words, by GGUF name.
 
-The split is a list of regular expressions, each applied to what the one before it left. llama.cpp knows the lists by
-name (`tokenizer.ggml.pre`); `PRE` states those of LLaMA-architecture models. Source: llama.cpp, src/llama-vocab.cpp,
+The split is a list of regular expressions, each applied to what the one before left. llama.cpp knows the lists by name
+(`tokenizer.ggml.pre`); `PRE` states those of LLaMA-architecture models. Source: llama.cpp, src/llama-vocab.cpp,
 `llm_tokenizer_bpe`; where llama.cpp rewrites an expression for its own engine, the one of the Hugging Face files.
 """
 
@@ -27,7 +27,7 @@ TEKKEN = "|".join(CASED) + r"|\p{N}" + TAIL_WITH_SLASH
 GPT4O = "|".join(f"{word}{CONTRACTIONS}?" for word in CASED) + r"|\p{N}{1,3}" + TAIL_WITH_SLASH
 DIGIT, DIGITS, CJK = r"\p{N}", r"\p{N}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
-# How files spell what is the same expression: llama.cpp's regex engine has no inline flags, for one.
+# Different spellings of one expression in files: llama.cpp's regex engine has no inline flags, for one.
 FORMS = {
     "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])": CONTRACTIONS,
     " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+": BLOOM,
@@ -112,7 +112,7 @@ SAME = {
 NAMES = {name: name for name in PRE} | {other: name for name, others in SAME.items() for other in others}
 # A word that is in the vocabulary is taken whole, even where no merges lead to it (tiktoken's rule).
 IGNORE_MERGES = {"llama-bpe", "tekken", "minicpm5"}
-ADDS_BOS = {"llama-bpe", "tekken"}  # where the file doesn't say
+ADDS_BOS = {"llama-bpe", "tekken"}  # the default without a field in the file
 NFC = {"qwen2"}  # GGUF has no field for the normalizer that these tokenizers have
 
 

@@ -1,8 +1,8 @@
 """Chat templates: Jinja programs that come with a checkpoint, so they are untrusted and run in a bounded sandbox.
 
-The environment is that of transformers (5.x, `chat_template_utils`), so that the same template gives the same text. On
-top come bounds: the size of the source, the CPU time that it takes, and the size of every text or list that it builds
-on the way. A template can neither reach Python nor keep the process busy or fill its memory.
+The environment is that of transformers (5.x, `chat_template_utils`), so that the same template gives the same text.
+Bounds are added: on the size of the source, the CPU time, and the size of every text or list that a template builds. A
+template can neither reach Python nor keep the process busy or fill its memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from puna.errors import UserError, nearest
 MAX_SOURCE = 1 << 18  # characters; the longest templates in use have about 20,000
 MAX_SECONDS = 5.0  # of CPU time, so that a busy machine refuses nothing; a long conversation takes some milliseconds
 MAX_TEXT = 16_000_000  # characters of a text, or of everything in a list
-MAX_PRODUCT = 250_000_000  # characters that one call could make at most, judged before it runs
-MAX_DATE = 200  # characters of a date's format; strftime takes its time over long ones
-MAX_REASON = 300  # characters that an error shows of what a template says
-MAX_COUNT = 100_000  # any whole number given to a call, as jinja2's own bound on `range`
+MAX_PRODUCT = 250_000_000  # upper bound on the characters that a call could make, checked before it runs
+MAX_DATE = 200  # characters of a date's format; strftime is slow on long ones
+MAX_REASON = 300  # characters of a template's own error that are shown
+MAX_COUNT = 100_000  # any integer argument of a call, as jinja2's own bound on `range`
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 GROWING = {"replace", "join", "indent", "tojson", "format", "format_map", "wordwrap", "expandtabs", "translate", "%"}
 FORMATS = {"format", "format_map", "%"}
@@ -71,7 +71,7 @@ def run(source: str, conversation: list[dict[str, Any]], variables: Mapping[str,
 
 
 def marks_generation(source: str) -> bool:
-    """Whether a template says which of its text the assistant generates."""
+    """Whether a template marks the text that the assistant generates."""
     return bool(GENERATION.search(source))
 
 
@@ -102,7 +102,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, on one line, short, and without characters that could command a terminal."""
+    """An error's message on one line, truncated, without control characters."""
     text = " ".join(str(error)[: 2 * MAX_REASON].split()).rstrip(".") or type(error).__name__
     return "".join(char if char.isprintable() else "\ufffd" for char in text[:MAX_REASON])
 
@@ -138,14 +138,14 @@ def _weight(value: Any, most: int) -> int:
 
 
 def _sized(value: Any) -> Any:
-    """The value, when it is no larger than `MAX_TEXT`. All that a template builds passes here, so nothing can grow."""
+    """The value, checked against `MAX_TEXT`. Everything that a template builds passes through here."""
     if not isinstance(value, int) and _weight(value, MAX_TEXT) > MAX_TEXT:
         raise SecurityError(f"it builds more than {MAX_TEXT:,} characters")
     return value
 
 
 def _metered(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, as long as all of them together are no larger than `MAX_TEXT`: a list of them may be made."""
+    """The items, their total checked against `MAX_TEXT`, since a list of them may be made."""
     size = 0
     for item in items:
         size += 1 if isinstance(item, int) else _weight(item, MAX_TEXT)
@@ -165,7 +165,7 @@ def _join(parts: Iterable[Any]) -> str:
 
 
 def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callable[..., Any]:
-    """`function` with bounds on its numbers, on what it could build, and on what it gives."""
+    """`function` with bounds on its integer arguments, on the size it could build, and on its result."""
 
     @wraps(function)
     def checked(*args: Any, **kw: Any) -> Any:
@@ -189,9 +189,9 @@ def _bounded(function: Callable[..., Any], name: str, owner: Any = "") -> Callab
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant says; the text is that of its body.
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text and renders as its body.
 
-    `conversation` gives the variable `MARK` a value and looks for it in the text; otherwise it is undefined, and empty.
+    `conversation` sets the variable `MARK` and looks for its value in the text; otherwise it is undefined and empty.
     """
 
     tags = {"generation"}

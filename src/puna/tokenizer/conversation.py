@@ -1,4 +1,4 @@
-"""A conversation through its chat template: what the template needs, what it cannot render, and which text is whose."""
+"""Rendering of conversations: messages adapted to the chat template, refusals, and the spans of answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rendered:
     """The text of a conversation.
 
     spans: [start, end) of each answer that the template marks as generated; None where it has no `{% generation %}`.
-    guards: positions that no special token may stretch over, since what is around them is a message's own text.
+    guards: positions that no special token may span, since the text around them is a message's own.
     """
 
     text: str
@@ -41,8 +41,8 @@ def render_conversation(
     """Render `messages` by the template `source`.
 
     spellings: the special tokens that only the template may write; None lets messages write them too. unfinished: end
-    behind the content of the last message, for a model that goes on with it. Raises UserError for a bad message, for
-    what the template refuses, and for tools or tool calls that it has no place for.
+    after the content of the last message, for the model to continue it. Raises UserError for a bad message, for what
+    the template refuses, and for tools or tool calls that it doesn't render.
     """
     conversation = check_messages(messages)
     end_mark = f"{secrets.token_hex(16)} "  # the space tells whether the template strips contents
@@ -117,7 +117,7 @@ def _without_none(source: str, conversation: list[Message], variables: Mapping[s
 
 
 def _check_places(source: str, conversation: list[Message], variables: Mapping[str, Any]) -> None:
-    """UserError for what the template would drop without a word."""
+    """Raises UserError for tools and tool calls that the template would drop silently."""
     code = COMMENT.sub("", source)
     if variables.get("tools") and not re.search(r"\btools\b", code):
         raise UserError(

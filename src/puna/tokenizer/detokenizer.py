@@ -18,7 +18,7 @@ LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
 class Detokenizer:
-    """The bytes of every token of a backend. `strips`: one leading space of the whole text is not part of it."""
+    """The bytes of every token of a backend. `strips`: one leading space of the whole text is removed."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         steps = flatten(backend.decoder, "decoders")
@@ -37,7 +37,7 @@ class Detokenizer:
 
     @cached_property
     def table(self) -> dict[int, bytes]:
-        """The bytes by id; built when first needed, for a vocabulary of 128k takes some tenths of a second."""
+        """The bytes by id; built on first use, since a vocabulary of 128k takes some tenths of a second."""
         vocab = self._backend.get_vocab(with_added_tokens=True)
         return {index: self._spell(index, text) for text, index in vocab.items()}
 
@@ -51,17 +51,17 @@ class Detokenizer:
         return text.encode()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool, after: Sequence[int] = ()) -> str:
-        """The text that `ids` add to that of `after`. Bytes that spell no character become U+FFFD."""
+        """The text that `ids` add to that of `after`. Invalid UTF-8 becomes U+FFFD."""
         stream = IncrementalDetokenizer(self, skip_special=skip_special, after=after)
         return stream.push_all(ids) + stream.end()
 
 
 class IncrementalDetokenizer:
-    """Text from ids as they come. The texts join to `Detokenizer.decode` of all ids; no character is given in part.
+    """Streaming detokenizer. The texts join to `Detokenizer.decode` of all ids; characters are never split.
 
-    `after`: ids that stand before the first one, such as the prompt's. A leading space of the first new id belongs to
-    the text then, and bytes that complete a character of theirs give that character. `push` takes the same time however
-    long the text is. Bytes that may still become a character wait for the next token; `end` gives them as U+FFFD.
+    `after`: preceding ids, such as the prompt's. A leading space of the first new id is then kept, and bytes that
+    complete a character of theirs give that character. `push` takes constant time. Bytes that may still become a
+    character wait for the next token; `end` gives them as U+FFFD.
     """
 
     def __init__(self, detokenizer: Detokenizer, *, skip_special: bool = True, after: Sequence[int] = ()) -> None:

@@ -17,7 +17,7 @@ from puna.tokenizer.spec import TokenizerSpec, add_tokens, added_token, flatten,
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
-# Where a file of SentencePiece kind is silent, llama.cpp takes LLaMA's own ids.
+# llama.cpp's defaults for SentencePiece vocabularies without these fields: LLaMA's own ids.
 LLAMA_IDS = {"bos": 1, "eos": 2, "unk": 0}
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 
@@ -110,7 +110,7 @@ def _types(fields: Mapping[str, Any], tokens: list[str]) -> list[int]:
 
 
 def write_gguf(spec: TokenizerSpec) -> dict[str, Any]:
-    """The GGUF fields of a tokenizer, from which llama.cpp makes the same ids. UserError where it has no such rule."""
+    """The GGUF fields of a tokenizer, from which llama.cpp makes the same ids. Raises UserError where it can't."""
     backend = spec.backend
     model = state(backend.model)
     if model is None or model["type"] != "BPE":

@@ -3,7 +3,7 @@
 What comes from a checkpoint goes back unchanged: tokenizer.json byte for byte unless something had to be added to it,
 and unknown keys of tokenizer_config.json. The one thing changed on purpose is `tokenizer_class`: transformers rebuilds
 `LlamaTokenizer` from its vocabulary with other rules for spaces (4 and 5 differ), but reads `PreTrainedTokenizerFast`
-from tokenizer.json as it stands.
+from tokenizer.json unchanged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from puna.tokenizer.tiktoken_bpe import read_tiktoken
 ROLES = ("bos", "eos", "unk", "pad")
 TOKEN_KEYS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 BOS_BY_CLASS = {"LlamaTokenizer", "LLaMATokenizer", "CodeLlamaTokenizer"}  # these add a BOS unless told otherwise
-LLAMA_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # what these call their tokens when no file says
+LLAMA_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # the tokens of these classes when no file names them
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 
 
@@ -106,7 +106,7 @@ def _text(token: Any) -> str:
 
 
 def _added(token: Any, *, special: bool) -> AddedToken:
-    """The added token of a string or of {"content": ..., "lstrip": ..., ...}; `special` where it isn't said."""
+    """The added token of a string or of {"content": ..., "lstrip": ..., ...}; `special` is the default."""
     attributes = token if isinstance(token, dict) else {}
     special = bool(special or attributes.get("special"))
     strips = {key: bool(attributes.get(key)) for key in ("single_word", "lstrip", "rstrip")}
@@ -127,7 +127,7 @@ def _extra_tokens(config: dict[str, Any]) -> list[Any]:
 
 
 def _add_listed(spec: TokenizerSpec, listed: dict[int, AddedToken]) -> None:
-    """Add the tokens that a file lists by id, with their attributes, which rule over those in tokenizer.json."""
+    """Add the tokens that a file lists by id, with their attributes, which override those in tokenizer.json."""
     _add(spec, [token for _, token in sorted(listed.items())])
     for index, token in listed.items():
         if token.content and spec.backend.token_to_id(token.content) != index:
@@ -139,19 +139,19 @@ def _add_listed(spec: TokenizerSpec, listed: dict[int, AddedToken]) -> None:
 
 def _add(spec: TokenizerSpec, tokens: list[AddedToken]) -> None:
     """Register tokens with their attributes, unless the backend has them so."""
-    if spec.source != "tokenizer.json":  # the normalizer is ours then and adds a space, which no file has in mind
+    if spec.source != "tokenizer.json":  # the normalizer is ours then and would add a space
         tokens = [AddedToken(**{**token.__getstate__(), "normalized": False}) for token in tokens]
     known = {token.content: token for token in spec.backend.get_added_tokens_decoder().values()}
     new = [token for token in tokens if token.content not in known or not same_attributes(token, known[token.content])]
     if new:
         add_tokens(spec.backend, new)
-        spec.files.pop("tokenizer.json", None)  # it no longer says everything
+        spec.files.pop("tokenizer.json", None)  # it no longer holds every token
 
 
 def _name_special(spec: TokenizerSpec, config: dict[str, Any], folder: Path) -> None:
     """Set bos, eos, unk and pad, register every token with a role, and read the end tokens of the model's configs.
 
-    An empty name says nothing, as in the first LLaMA checkpoints: the vocabulary's own token has the role then.
+    An empty name is ignored, as in the first LLaMA checkpoints: the vocabulary's own token has the role.
     """
     generation, model = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
     special = {token.content for token in spec.backend.get_added_tokens_decoder().values() if token.special}
@@ -178,7 +178,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _set_bos_rule(spec: TokenizerSpec, config: dict[str, Any]) -> None:
-    """Find out whether BOS and EOS are added, and make tokenizer.json do the same.
+    """Determine whether BOS and EOS are added, and make tokenizer.json do the same.
 
     add_bos_token and add_eos_token come first, then a LLaMA class, then what tokenizer.json adds by itself.
     """
@@ -253,7 +253,7 @@ def write_directory(spec: TokenizerSpec, folder: Path) -> None:
 
 
 def _attributes(spec: TokenizerSpec, listed: dict[str, Any]) -> dict[str, Any]:
-    """The entries of added_tokens_decoder that the backend has otherwise: transformers takes this file's word."""
+    """The entries of added_tokens_decoder that differ from the backend's: transformers prefers this file."""
     added = {str(index): token for index, token in spec.backend.get_added_tokens_decoder().items()}
     pairs = [(index, added[index], _added(token, special=False)) for index, token in listed.items() if index in added]
     return {index: ours.__getstate__() for index, ours, theirs in pairs if not same_attributes(ours, theirs)}

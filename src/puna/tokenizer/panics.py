@@ -17,7 +17,7 @@ _LOCK = threading.Lock()  # there is one stderr
 
 @contextmanager
 def panics_refused(*, hush: bool = False) -> Iterator[None]:
-    """Raises UserError for a panic of the library. `hush` keeps what it writes itself off stderr meanwhile."""
+    """Raises UserError for a panic of the library. `hush` suppresses the library's own report on stderr."""
     try:
         if hush:
             with _LOCK, _no_stderr():

@@ -1,6 +1,6 @@
 """SentencePiece vocabularies: the `tokenizer.model` of LLaMA 1 and 2, and llama2.c's `tok*.bin`.
 
-SentencePiece merges the neighbours whose union has the best score. The `tokenizers` library merges by a list of pairs,
+SentencePiece merges the adjacent pair whose union has the best score. The `tokenizers` library merges by a pair list,
 so the pairs are recovered from the scores: every way to split a piece in two, best piece first (as transformers does).
 Control and byte pieces never come out of a merge: text that spells `</s>` must not become the token.
 """
@@ -117,8 +117,8 @@ def build(
 ) -> tokenizers.Tokenizer:
     """The backend of a SentencePiece BPE vocabulary. `before`: normalizers that run ahead of the handling of spaces.
 
-    SentencePiece emits a user-defined piece whole, wherever the text holds it, and goes on behind it as if it were any
-    other piece. `as_llama_cpp`: it is handled as a special token instead, with a space before the text behind it.
+    SentencePiece emits a user-defined piece whole, wherever it occurs in the text, and continues after it as after any
+    other piece. `as_llama_cpp`: handle it as a special token instead, with a space before the text that follows.
     """
     own_rule = (UNKNOWN, CONTROL, USER_DEFINED) if as_llama_cpp else (UNKNOWN, CONTROL)
     added = [added_token(piece.text, piece.type != USER_DEFINED) for piece in pieces if piece.type in own_rule]
@@ -186,7 +186,7 @@ def _isolate(model: models.BPE, vocab: dict[str, int], pieces: list[str]) -> lis
 
 
 def merges(pieces: list[Piece], types: Collection[int] = (NORMAL,)) -> list[tuple[str, str]]:
-    """The merge list that orders pairs as the scores do; the pairs of one piece stand in the order of their ids."""
+    """The merge list that orders pairs as the scores do; the pairs of one piece are in the order of their ids."""
     ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type in types}
     found = []
     for text, index in ids.items():
@@ -198,17 +198,17 @@ def merges(pieces: list[Piece], types: Collection[int] = (NORMAL,)) -> list[tupl
 
 
 def unused_as(pieces: list[Piece]) -> dict[int, list[int]]:
-    """Unused piece -> the pieces that stand in its place: SentencePiece merges to it, and takes the last merge back."""
+    """Unused piece -> the pieces that replace it: SentencePiece merges to it, then undoes the last merge."""
     ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type in (NORMAL, UNUSED, USER_DEFINED)}
     return {i: _used(piece.text, pieces, ids) for i, piece in enumerate(pieces) if piece.type == UNUSED}
 
 
 def _used(text: str, pieces: list[Piece], ids: dict[str, int]) -> list[int]:
     """Source: sentencepiece, src/bpe_model.cc, `Model::SampleEncode` (`rev_merge` and `resegment`)."""
-    symbols, halves = list(text), dict[str, tuple[str, str]]()
+    symbols, merged_from = list(text), dict[str, tuple[str, str]]()
     while True:
         pairs = [(left, right) for left, right in pairwise(symbols) if left + right in ids]
-        halves |= {left + right: (left, right) for left, right in pairs}
+        merged_from |= {left + right: (left, right) for left, right in pairs}
         if not pairs:
             break
         best = max(range(len(symbols) - 1), key=lambda i: (_score(symbols[i] + symbols[i + 1], pieces, ids), -i))
@@ -216,8 +216,8 @@ def _used(text: str, pieces: list[Piece], ids: dict[str, int]) -> list[int]:
 
     def used(symbol: str) -> list[int]:
         index = ids.get(symbol)
-        if index is not None and pieces[index].type == UNUSED and symbol in halves:
-            return [i for half in halves[symbol] for i in used(half)]
+        if index is not None and pieces[index].type == UNUSED and symbol in merged_from:
+            return [i for part in merged_from[symbol] for i in used(part)]
         return [] if index is None else [index]
 
     return [index for symbol in symbols for index in used(symbol)]
@@ -312,5 +312,5 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes | float]]:
 
 
 def _signed(value: int) -> int:
-    # A negative int32 travels as a 64-bit two's complement.
+    # A negative int32 is encoded as a 64-bit two's complement.
     return value - (1 << 64) if value >> 63 else value

@@ -1,4 +1,4 @@
-"""What every tokenizer format is read into: the common form between the readers, the writers and `Tokenizer`."""
+"""`TokenizerSpec`, the common form between the readers, the writers and `Tokenizer`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TokenizerSpec:
     templates: dict[str, str] = field(default_factory=dict)  # name ("default", "tool_use", ...) -> Jinja source
     template_name: str = "checkpoint"
     scores: list[float] | None = None  # SentencePiece scores by id, where the checkpoint carries them
-    unused: dict[int, list[int]] = field(default_factory=dict)  # id that no text gets -> the ids in its place
+    unused: dict[int, list[int]] = field(default_factory=dict)  # id that is never emitted -> the ids emitted instead
     config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json, unknown keys included
     files: dict[str, bytes] = field(default_factory=dict)  # the checkpoint's own files, written back unchanged
 
@@ -48,7 +48,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, `{}` when there is no such file."""
+    """The object in a JSON file, `{}` when it is missing."""
     if not path.is_file():
         return {}
     try:

@@ -1,9 +1,9 @@
-"""Special tokens that a text spells: which of them count, and ids of a text in which some do not.
+"""Special tokens spelled in a text: which are recognised, and encoding with some of them as plain text.
 
-A conversation is one text, written by the template and by strangers. Special tokens are the template's own: where a
-message, a tool or its arguments spell one, it stays plain text. `SpecialSpellings.mark` puts a mark into what strangers
-wrote, wherever a special token could come of it; the marks go through the template and come out as positions in its
-text, the guards. A special token that a guard lies in is plain text.
+A conversation is one text, made of the template's own and of untrusted messages. Only the template writes special
+tokens: where a message, a tool or its arguments spell one, it stays plain text. `SpecialSpellings.mark` inserts a mark
+into untrusted text wherever a special token could arise; in the rendered text the marks become positions, the guards. A
+special token that spans a guard is plain text.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class SpecialSpellings:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """All added tokens, for they match before one another from left to right, the longest first."""
+        """Matches any added token: from left to right, the longest first."""
         ordered = sorted(self._added, key=lambda token: len(token.content), reverse=True)
         forms = (_alone(token) if token.single_word else re.escape(token.content) for token in ordered)
         return re.compile("|".join(forms) if ordered else r"(?!)")
 
     @cached_property
     def _edges(self) -> tuple[set[str], set[str], int]:
-        """What special tokens begin with and end in, without the whole ones, and the longest length of either."""
+        """The proper prefixes and suffixes of special tokens, and the length of the longest."""
         begins = {text[:i] for text in self._special for i in range(1, len(text))}
         ends = {text[i:] for text in self._special for i in range(1, len(text))}
         return begins, ends, max(map(len, self._special), default=1) - 1
@@ -71,7 +71,7 @@ class SpecialSpellings:
         return lead + mark * at_begin + self._mark_inside(body, mark) + mark * at_end + trail
 
     def _is_inner(self, text: str) -> bool:
-        """Whether a special token holds the text. Words are left to templates, which write `'<|' + role + '|>'`."""
+        """Whether a special token contains the text. Words are left to templates, which write `'<|' + role + '|>'`."""
         return not re.fullmatch(r"[\w-]*", text) and any(text in token for token in self._special)
 
     def occurrences(self, text: str, guards: Collection[int]) -> Iterator[tuple[int, int, bool]]:
@@ -84,7 +84,7 @@ class SpecialSpellings:
             start = match.end() if counts else match.start() + 1
 
     def encode(self, text: str, guards: Collection[int]) -> tuple[list[int], Offsets]:
-        """Ids and offsets of a text, without BOS and EOS. A special token that a guard lies in is plain text."""
+        """Ids and offsets of a text, without BOS and EOS. A special token that spans a guard is plain text."""
         found = list(self.occurrences(text, guards))
         if all(counts for _, _, counts in found):
             encoding = self._backend.encode(text, add_special_tokens=False)
@@ -107,7 +107,7 @@ class SpecialSpellings:
 
     @cached_property
     def _renamed(self) -> tuple[str, tokenizers.Tokenizer, dict[int, int]]:
-        """A second front of the model, whose special tokens begin with a secret, the secret, and its ids to the ids."""
+        """(secret, a tokenizer of the same model whose special tokens begin with the secret, its ids -> ids)."""
         secret = "\U0010fffd" + secrets.token_hex(16)
         backend = front(self._backend)
         for token in self._added:
@@ -134,7 +134,7 @@ def front(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def new_mark(*texts: str) -> str:
-    """A character that none of the texts holds."""
+    """A character that none of the texts contains."""
     while any((mark := chr(0xF0000 + secrets.randbelow(0xFFFE))) in text for text in texts):
         pass
     return mark

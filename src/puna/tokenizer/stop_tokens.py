@@ -16,7 +16,7 @@ END_SPELLINGS = (
     "<eos>", "<EOT>", "_<EOT>", "▁<EOT>", "[EOT]", "[EOS]", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>",
     "<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
 )  # fmt: skip
-# A spelling does not count where the others beside it show a format that uses it between the parts of one answer.
+# A spelling is ignored where the others show a format that uses it inside an answer.
 EXCEPT = (
     ("<|end|>", ("<|return|>", "<|call|>")),  # o200k_harmony
     ("<|end|>", ("<|calls|>", "<|flush|>")),

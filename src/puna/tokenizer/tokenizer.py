@@ -1,7 +1,7 @@
 """The text contract of a checkpoint: tokenizer, BOS rule, chat template and stop list as one object.
 
-Everything that turns text into ids or back goes through it, whatever the checkpoint came from, so that training, chat,
-evaluation and every export agree. A BOS is never doubled, and special tokens in a user's text can be kept plain text.
+Everything that turns text into ids or back goes through it, whatever the checkpoint's format, so that training, chat,
+evaluation and every export agree. A BOS is never doubled; special tokens in a user's text can be kept as plain text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from puna.tokenizer.tiktoken_bpe import read_tiktoken
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
-ANSWER = "Highland-grass."  # what the template is asked to write, to see which token it writes after it
+ANSWER = "Highland-grass."  # an answer to render, to see which token the template writes after it
 SURROGATE = "The text is not valid Unicode (it holds half of a surrogate pair); correct its source."
 
 
@@ -49,7 +49,7 @@ class Tokenizer:
         self.template_name = spec.template_name if spec.templates else None
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    # Where it comes from and goes to
+    # Loading and saving
 
     @classmethod
     def load(cls, path: str | Path, *, template: str | None = None) -> Tokenizer:
@@ -91,7 +91,7 @@ class Tokenizer:
         return Tokenizer(replace(spec, templates={"default": source}, template_name=template, files=files))
 
     def with_bos(self, add_bos: bool) -> Tokenizer:
-        """The same tokenizer, whose `encode` begins texts with BOS or not, whatever the checkpoint says."""
+        """The same tokenizer with BOS added by `encode` or not, regardless of the checkpoint."""
         if add_bos and self.bos_id is None:
             raise UserError("This checkpoint's tokenizer has no BOS to add; leave out add_bos.")
         return Tokenizer(replace(self._spec, add_bos=add_bos))
@@ -117,10 +117,10 @@ class Tokenizer:
     # Text to ids and back
 
     def encode(self, text: str, *, bos: bool | None = None, special: bool = True) -> list[int]:
-        """Ids of a text. `bos`: None adds BOS (and EOS) as the checkpoint does, True and False rule over BOS alone.
+        """Ids of a text. `bos`: None adds BOS (and EOS) as the checkpoint does, True and False override BOS alone.
 
-        The BOS is added only where the text doesn't start with it. With `special=False` the names of special tokens in
-        the text, say `<|eot_id|>`, are plain text.
+        The BOS is added only where the text doesn't start with it. With `special=False` special tokens spelled in
+        the text, such as `<|eot_id|>`, are plain text.
         """
         ids = self.encode_offsets(text, special=special)[0]
         if bos and self.bos_id is None:
@@ -134,9 +134,9 @@ class Tokenizer:
     def encode_offsets(
         self, text: str, *, special: bool = True, guards: Collection[int] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, none added, and [start, end) in characters of the text for each of them.
+        """Ids of a text without BOS and EOS, and the [start, end) of each in characters of the text.
 
-        A special token that stretches over one of `guards` (positions in the text) is plain text; see `render_chat`.
+        A special token that spans one of `guards` (positions in the text) is plain text; see `render_chat`.
         """
         with self._refusals():
             if special and guards:
@@ -152,7 +152,7 @@ class Tokenizer:
         return ids, offsets
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many documents, none added and no special token recognised; quicker than one by one."""
+        """Ids of many documents, without BOS, EOS and other special tokens; faster than one by one."""
         with self._refusals():
             encoded = [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
         unused = self._spec.unused
@@ -160,7 +160,7 @@ class Tokenizer:
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """UserError for a text that is not Unicode, and for one that the library panics on."""
+        """Raises UserError for a text that is not Unicode, and for one that the library panics on."""
         try:
             with panics_refused(hush=self._hush):
                 yield
@@ -176,14 +176,14 @@ class Tokenizer:
         return self._spec.source == "tokenizer.json" and not own <= known
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, after: Sequence[int] = ()) -> str:
-        """Text of ids. Bytes that spell no character become U+FFFD; ids without a token (padding rows) have no text.
+        """Text of ids. Invalid UTF-8 becomes U+FFFD; ids without a token (padding rows) have no text.
 
-        `after`: ids that stand before them, such as a prompt's; the result is what `ids` add to the text of those.
+        `after`: preceding ids, such as a prompt's; the result is the text that `ids` add to theirs.
         """
         return self._detokenizer.decode(ids, skip_special=skip_special, after=after)
 
     def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> IncrementalDetokenizer:
-        """A detokenizer for ids that come one by one, behind those of `after`."""
+        """A streaming detokenizer. `after`: preceding ids, such as a prompt's."""
         return IncrementalDetokenizer(self._detokenizer, skip_special=skip_special, after=after)
 
     def token_bytes(self, index: int) -> bytes:
@@ -316,7 +316,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:
-        """UserError when the tokenizer cannot belong to a model of `vocab_size` rows.
+        """Raises UserError when the tokenizer cannot belong to a model of `vocab_size` rows.
 
         Added tokens beyond the rows, such as the [PAD] of many fine-tunes, get a note on stderr, for only a text that
         holds them cannot be used.

@@ -1,4 +1,4 @@
-"""Building a run from its options: the base, the data, the sharded model, and the checkpoint that it resumes from."""
+"""Builds a training run from its options: base checkpoint, data loader, sharded model, resume checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from puna.weights.adapter import Adapter
 from puna.weights.checkpoint import Checkpoint
 from puna.weights.open import open_checkpoint
 
-# precision -> type of trained weights, type of products where it is another
+# precision -> (dtype of the trained weights, compute dtype where it differs)
 TYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bf16-mixed": (torch.float32, torch.bfloat16),
     "fp16-mixed": (torch.float32, torch.float16),
@@ -47,7 +47,7 @@ Read = Callable[[str, tuple[slice, ...]], Tensor]
 
 
 def check(options: TrainOptions) -> None:
-    """Raises UserError for options that contradict one another; bounds of single values are the parser's."""
+    """Raises UserError for contradictory options; the parser checks the bounds of single values."""
     if options.data.weights and len(options.data.weights) != len(options.data.train):
         raise UserError("data.weights needs a number for every prefix of data.train.")
     if options.model.weights == "random" and (options.lora.rank or options.lora.init):
@@ -58,7 +58,7 @@ def check(options: TrainOptions) -> None:
 
 @contextmanager
 def claim(folder: Path, strategy: ParallelStrategy) -> Iterator[None]:
-    """Check and lock the run's folder; the first rank does, and all raise what it finds."""
+    """Check and lock the run's folder on the first rank; its error is raised on all ranks."""
     with ExitStack() as stack:
         problem: list[str | None] = [None]
         if strategy.is_first:
@@ -81,14 +81,14 @@ def base_fingerprint(strategy: ParallelStrategy, source: Checkpoint) -> str:
         for name in sorted(source.tensors):
             digest.update(f"{name} {list(source.tensors[name].shape)}".encode())
             digest.update(source.read(name, (slice(0, 1),)).to(torch.float32).contiguous().numpy().tobytes())
-    found = [digest.hexdigest()]
+    fingerprint = [digest.hexdigest()]
     if strategy.mesh is not None:
-        dist.broadcast_object_list(found)
-    return found[0]
+        dist.broadcast_object_list(fingerprint)
+    return fingerprint[0]
 
 
 def left_out(loader: PackedLoader, long: str) -> list[str]:
-    """The samples that don't fit a row, in sentences."""
+    """Notes on the samples longer than a row, one per dataset."""
     notes = []
     for dataset in loader.datasets:
         if count := loader.too_long.get(dataset.prefix):
@@ -101,7 +101,7 @@ def left_out(loader: PackedLoader, long: str) -> list[str]:
 
 
 def open_origin(options: TrainOptions) -> tuple[Origin, Checkpoint | None]:
-    """The base of the run, and the open checkpoint that its weights are read from (None: they are random)."""
+    """The base of the run, and the open checkpoint with its weights (None for random weights)."""
     asked = options.model
     source = None if asked.name in PRESETS and asked.weights == "random" else _open(asked.name, asked.revision)
     tokenizer = source.tokenizer() if source is not None else None
@@ -175,7 +175,7 @@ def build_parts(
     source: Checkpoint | None,
     adapter: Adapter | None,
 ) -> list[ModelPart]:
-    """The model's parts on this rank with their initial weights; the adapter's where training starts from one."""
+    """The model parts of this rank with their initial weights: random, or those of `source` and `adapter`."""
     dtype, compute = TYPES[options.precision]
     with torch.device("meta"):
         model = Llama(config)
@@ -203,7 +203,7 @@ def build_parts(
 
 
 def resume(options: TrainOptions, trainer: Trainer, checkpoints: CheckpointManager) -> None:
-    """Load the checkpoint that `options.resume` asks for, if any, and report it and the options that have changed."""
+    """Load the checkpoint selected by `options.resume`, if any, and report it and the changed options."""
     if options.resume == "never":
         if any(checkpoints.folder.glob("step-*")):
             raise UserError(f"{options.out} holds checkpoints of an earlier run: choose another --out, or resume it.")

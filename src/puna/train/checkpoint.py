@@ -1,11 +1,11 @@
 """Training checkpoints: complete or absent, verified before use, and loadable by any other parallel layout.
 
-`step-00000100/` holds what torch.distributed.checkpoint wrote (trained weights and optimizer state by name, each rank
-its shards) and `manifest.json` with the checksum of every file and the rest of the run's state. It is written under a
-hidden name in the background and renamed once it is on the disk; a killed process leaves the hidden name.
+`step-00000100/` holds the files of torch.distributed.checkpoint (trained weights and optimizer state by name, written
+as shards by each rank) and `manifest.json`, with the checksum of every file and the rest of the run's state. It is
+written in the background under a hidden name and renamed once it is on disk.
 
-A folder holds one timeline. Resuming from step S retires the checkpoints of later steps (`retired-00000105/`): what the
-run writes from then on is the newest, and rotation deletes only complete checkpoints of this timeline.
+A folder holds one timeline. Resuming from step S retires the checkpoints of later steps (`retired-00000105/`), so that
+the next checkpoint is the newest; rotation deletes only complete checkpoints of this timeline.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ERRORS = (Exception, CheckpointException)  # torch made the latter a BaseExcepti
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint. `facts` is what `CheckpointManager.save` was given beside the tensors."""
+    """A complete checkpoint. `facts`: the JSON values given to `CheckpointManager.save` with the tensors."""
 
     path: Path
     step: int
@@ -48,7 +48,7 @@ class SavedCheckpoint:
 
     @property
     def score(self) -> float | None:
-        """Validation loss, None where there was none."""
+        """Validation loss, None without a validation."""
         return self.facts.get("validation_loss")
 
 
@@ -60,10 +60,10 @@ class _Pending:
 
 
 class CheckpointManager:
-    """Saves, finds, loads and rotates the checkpoints in `folder`, which all ranks reach.
+    """Saves, finds, loads and rotates the checkpoints in `folder`, which all ranks must share.
 
-    The newest `keep` stay, and the one with the lowest validation loss. Every method is a collective. One process
-    group at a time may use a folder (`run_folder.lock`): opening it removes what an interrupted save left.
+    Keeps the newest `keep` and the one with the lowest validation loss. Every method is a collective. One process
+    group at a time may use a folder (`run_folder.lock`): opening it removes the remains of an interrupted save.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
@@ -72,7 +72,7 @@ class CheckpointManager:
         self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
-        # A group of its own: a save in the background must not meet the collectives of training on theirs.
+        # A separate group: a background save must not interleave with the collectives of training.
         self.group = dist.new_group(backend="gloo") if self.distributed else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: _Pending | None = None
@@ -82,7 +82,7 @@ class CheckpointManager:
         self._barrier()
 
     def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Begin to save `state` (of `parallel.state_dict.get_state`) and `facts` (JSON) as the checkpoint of `step`.
+        """Start to save `state` (from `parallel.state_dict.get_state`) and `facts` (JSON) as the checkpoint of `step`.
 
         Returns once the tensors are copied, or, when not asynchronous, once the checkpoint is complete. Raises
         UserError when the disk is full; earlier checkpoints stay.
@@ -108,7 +108,7 @@ class CheckpointManager:
             self.wait()
 
     def poll(self) -> bool:
-        """Whether a save is pending whose files this rank has written: time to `wait`, once all ranks have."""
+        """Whether this rank has written its files of a pending save; call `wait` once all ranks have."""
         return self.pending is not None and self.pending.work.done()
 
     def wait(self) -> None:
@@ -135,7 +135,7 @@ class CheckpointManager:
             self._failed(pending.step, failed)
 
     def newest(self) -> SavedCheckpoint | None:
-        """The newest complete checkpoint, None without one. Names the damaged ones on stderr, with the reason."""
+        """The newest complete checkpoint, None without one. Reports damaged ones on stderr, with the reason."""
         steps = sorted(self._steps(), reverse=True) if self.rank == 0 else []
         for step in self._gather(steps)[0]:
             path = self.folder / _name(step)
@@ -147,9 +147,9 @@ class CheckpointManager:
         return None
 
     def retire(self, step: int) -> None:
-        """Rename the checkpoints of later steps than `step`, so that neither resuming nor rotation counts them.
+        """Rename the checkpoints after `step`, so that resuming and rotation ignore them.
 
-        What the run does from `step` on replaces them; damaged ones are among them. The files are not touched.
+        The resumed run trains those steps again. Damaged checkpoints are renamed too; their files are not changed.
         """
         if self.rank == 0:
             names = []
@@ -187,7 +187,7 @@ class CheckpointManager:
         return saved
 
     def load(self, saved: SavedCheckpoint, state: dict[str, Any]) -> None:
-        """Fill `state`, of this parallel layout, in place."""
+        """Load into `state` in place, resharded to this parallel layout."""
         load_state(saved.path, state, self.group)
 
     def best(self) -> SavedCheckpoint | None:
@@ -199,7 +199,7 @@ class CheckpointManager:
         self.thread.shutdown()
 
     def _hash(self, hidden: Path, written: Any) -> dict[str, dict[str, Any]]:
-        """In the background: this rank's files with their checksums, once they are on the disk."""
+        """This rank's files with their checksums, once they are on disk. Runs in the background."""
         if written is not None:
             written.result()
         mine = [*hidden.glob(f"__{self.rank}_*"), *([hidden / ".metadata"] if self.rank == 0 else [])]
@@ -222,13 +222,13 @@ class CheckpointManager:
                 self._remove(saved.path)
 
     def _remove(self, path: Path) -> None:
-        """Under a hidden name first, so that no incomplete checkpoint is visible."""
+        """Rename to a hidden name, then delete, so that no incomplete checkpoint is visible."""
         gone = path.with_name(f".{path.name}.gone")
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
     def _clean(self) -> None:
-        """Undo what a killed process had begun: a replacement is put back, everything else hidden is removed."""
+        """Clean up after a killed process: put back a checkpoint being replaced, remove all other hidden folders."""
         for left in self.folder.glob(".step-*"):
             name, _, state = left.name[1:].rpartition(".")
             if state == "replaced" and not (self.folder / name).exists():
@@ -237,7 +237,7 @@ class CheckpointManager:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _complete(self) -> list[SavedCheckpoint]:
-        """The checkpoints whose manifest can be read and whose files have the sizes that it gives."""
+        """The checkpoints with a readable manifest and files of the listed sizes."""
         found = []
         for step in self._steps():
             path = self.folder / _name(step)
@@ -278,7 +278,7 @@ class CheckpointManager:
 
 
 def read_manifest(path: Path) -> SavedCheckpoint:
-    """The manifest of the checkpoint at `path`. Raises UserError when there is none, or a damaged one."""
+    """The manifest of the checkpoint at `path`. Raises UserError when it is missing or damaged."""
     file = path / MANIFEST
     try:
         if file.stat().st_size > MAX_MANIFEST:
@@ -307,7 +307,7 @@ def _differs(path: Path, wanted: dict[str, Any]) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a save failed, without what torch.distributed.checkpoint wraps it in."""
+    """The reason for a failed save, without torch.distributed.checkpoint's wrapping."""
     failures = getattr(error, "failures", None)
     if failures:
         return _reason(next(iter(failures.values()))[0])

@@ -1,10 +1,10 @@
-"""How much arithmetic a trained token takes, counted from shapes, and how much a device can do."""
+"""FLOPs per trained token, counted from shapes, and peak FLOP/s of devices."""
 
 from __future__ import annotations
 
 from puna.model.config import ModelConfig
 
-# Dense 16-bit peaks in TFLOP/s from the makers' data sheets, by what torch calls the device.
+# Dense 16-bit peak TFLOP/s from the vendors' data sheets, by torch's name of the device.
 PEAKS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -27,8 +27,8 @@ PEAKS = {
 def flops_per_token(config: ModelConfig, seq_len: int, *, trained: float = 1.0) -> float:
     """Model FLOPs of forward and backward, recomputation not counted.
 
-    Each weight of a matrix product costs 2 forward, 2 for the gradient of its input and 2 for its own, the latter for
-    the share `trained` of them (LoRA: next to none). Attention is counted over the whole row, as usual (PaLM, arXiv
+    Each weight of a matrix product costs 2 forward, 2 for the gradient of its input and 2 for its own, the last for
+    the fraction `trained` of them (close to 0 for LoRA). Attention is counted over the whole row, as usual (PaLM, arXiv
     2204.02311, appendix B), though causal masks and packing halve it or better.
     """
     weights = sum(
@@ -52,5 +52,5 @@ def published_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def peak_tflops(device: str) -> float | None:
-    """The device's 16-bit peak by its name, None where it isn't known."""
+    """16-bit peak TFLOP/s of a device by its name, None if unknown."""
     return next((peak for name, peak in PEAKS.items() if name in device), None)

@@ -1,4 +1,4 @@
-"""Training that starts from an adapter (`lora.init`): its configuration and its tensors are taken over."""
+"""Training that continues an adapter (`lora.init`), with its configuration and its tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DEFAULTS = TrainLoraOptions(rank=0)
 
 
 def open_initial(options: TrainLoraOptions, config: ModelConfig) -> tuple[TrainLoraOptions, Adapter | None]:
-    """The LoRA options with those of the adapter that training starts from, and the adapter; None without `init`.
+    """The LoRA options completed from the initial adapter's, and that adapter; None without `init`.
 
-    Dropout is an option of the training. Raises UserError for an adapter of another model, and for options that ask
-    for something else than the adapter has.
+    Dropout is taken from the options. Raises UserError for an adapter of another model and for options that
+    contradict the adapter's.
     """
     if options.init is None:
         return options, None
@@ -42,14 +42,14 @@ def open_initial(options: TrainLoraOptions, config: ModelConfig) -> tuple[TrainL
         modules_to_save=whole,
     )
     for entry in fields(LoraOptions):
-        asked, found = getattr(options, entry.name), getattr(taken, entry.name)
-        same = asked in (getattr(DEFAULTS, entry.name), found)
+        asked, stored = getattr(options, entry.name), getattr(taken, entry.name)
+        same = asked in (getattr(DEFAULTS, entry.name), stored)
         if not same and entry.name in ("targets", "modules_to_save"):
             choose = adapted if entry.name == "targets" else saved
             plain = LoraOptions(**{entry.name: asked})
-            same = set(choose(config, plain)) == set(found)
+            same = set(choose(config, plain)) == set(stored)
         if not same:
             raise UserError(
-                f"lora.{entry.name} is {asked}, but the adapter {adapter.path} has {found}: leave the option out."
+                f"lora.{entry.name} is {asked}, but the adapter {adapter.path} has {stored}: leave the option out."
             )
     return taken, adapter

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 IGNORED = -100
-CACHED = 1 << 19  # elements: 2 MB of float32, what a CPU core has beside it
+CACHED = 1 << 19  # elements: 2 MB of float32, about the L2 cache of a CPU core
 
 
 @dataclass(frozen=True)
 class VocabPart:
-    """The part of the vocabulary that this rank's output layer holds, from id `first` on; `group` holds all of it."""
+    """The vocabulary shard of this rank's output layer, from id `first` on; `group` holds the whole vocabulary."""
 
     group: dist.ProcessGroup
     first: int
@@ -55,7 +55,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         exact = _exact(hidden)
         used = weight.to(hidden.dtype)
-        # Validation wants no gradient, and a frozen output layer (LoRA) saves the third product.
+        # Validation needs no gradient; a frozen output layer (LoRA) saves the third product.
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
         d_weight: Tensor | None = None
@@ -66,7 +66,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = x @ used.t()
             at_once = _rows_at_once(logits, tp)
             for part, target in zip(logits.split(at_once), labels[rows].split(at_once), strict=True):
-                sums += _loss_to_gradient(part, target, z_loss, tp)  # in the memory of the logits
+                sums += _loss_to_gradient(part, target, z_loss, tp)  # in place of the logits
             if d_hidden is not None:
                 d_hidden[rows] = logits @ used
             if want_weight:
@@ -83,7 +83,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         parts = list(ctx.saved_tensors)
-        if scale.device.type != "cpu" or scale != 1:  # on a GPU looking costs more than multiplying
+        if scale.device.type != "cpu" or scale != 1:  # on a GPU, reading the value costs more than multiplying
             parts = [part * scale.to(part.dtype) for part in parts]
         d_hidden = parts.pop(0) if ctx.wanted[0] else None
         d_weight = parts.pop(0).to(ctx.weight_dtype) if ctx.wanted[1] else None
@@ -95,7 +95,7 @@ def _exact(x: Tensor) -> torch.dtype:
 
 
 def _rows_at_once(logits: Tensor, tp: VocabPart | None) -> int:
-    """On a CPU as many as stay in its cache; all of them where each block would cost kernel launches or collectives."""
+    """Rows per block: as many as fit a CPU's cache; all where each block would cost kernel launches or collectives."""
     return max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" and tp is None else len(logits)
 
 

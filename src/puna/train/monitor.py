@@ -1,4 +1,4 @@
-"""The metrics of a run: a live view, metrics.jsonl, TensorBoard, Weights & Biases; spikes and stalls by their samples.
+"""Metrics of a run: live view, metrics.jsonl, TensorBoard, Weights & Biases; reports of loss spikes and stalls.
 
 The first rank alone writes. metrics.jsonl has a line every `log.every` steps, and for each step that is validated or
 saved; its loss is the mean over the steps since the line before.
@@ -24,7 +24,7 @@ from puna.train.options import LogOptions
 from puna.train.run_folder import METRICS
 
 RECENT = 50  # steps that a spike is compared with
-LINE_SECONDS = 10.0  # between lines where stderr is no terminal
+LINE_SECONDS = 10.0  # between lines where stderr is not a terminal
 MEANS = ("loss", "z_loss")  # what a line of metrics.jsonl averages over its steps
 Metrics = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Monitor:
             self.live = _live()
 
     def step(self, metrics: Metrics, *, line: bool = False) -> None:
-        """Take the metrics of a step; a loss that is a spike is named. `line`: write one whatever `log.every` says."""
+        """Record the metrics of a step and report a loss spike. `line`: write a line regardless of `log.every`."""
         loss, step = metrics["loss"], metrics["step"]
         mean = statistics.fmean(self.recent) if len(self.recent) >= 5 else math.inf
         if loss > mean + self.options.spike:
@@ -84,7 +84,7 @@ class Monitor:
             self.wandb.log(numbers, step=metrics["step"])
 
     def note(self, text: str) -> None:
-        """A sentence for the user, above the live line."""
+        """Print a message for the user above the live line."""
         if self.live is not None:
             self.live.console.print(text)
         elif self.writes:
@@ -92,7 +92,7 @@ class Monitor:
 
     @contextmanager
     def watch(self, step: int, samples: str) -> Iterator[None]:
-        """Name the step when the body takes longer than `log.stall` seconds."""
+        """Report the step and its samples when the body takes longer than `log.stall` seconds."""
         if not self.writes:
             yield
             return
@@ -130,7 +130,7 @@ class Monitor:
 
 
 def read_metrics(folder: Path) -> list[Metrics]:
-    """The lines of a run's metrics.jsonl; `folder` may be that file too. Raises UserError where there is none."""
+    """The lines of a run's metrics.jsonl; `folder` may be that file too. Raises UserError without one."""
     path = folder / METRICS if folder.is_dir() else folder
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -141,7 +141,7 @@ def read_metrics(folder: Path) -> list[Metrics]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps than `step`, at which the run resumes: those steps are trained again."""
+    """Drop the lines after `step`, from which the run resumes: later steps are trained again."""
     if not path.exists():
         return
     kept = []

@@ -17,7 +17,7 @@ AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 def check_optim(options: OptimOptions, ranks: int = 1) -> None:
-    """Raises UserError for values that are not possible, and for an optimizer that can't run on `ranks` processes."""
+    """Raises UserError for invalid values, and for an optimizer that can't run on `ranks` processes."""
     if options.name == "adamw8bit" and ranks > 1:
         raise UserError(
             "optim.name adamw8bit keeps its state in blocks that can't be sharded: use it on one device, or"
@@ -45,7 +45,7 @@ def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], options: OptimO
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimOptions) -> torch.optim.Optimizer:
-    """The optimizer of the trained ones of the named parameters, which all have one dtype.
+    """The optimizer over the trainable parameters, which all have one dtype.
 
     The schedule sets the learning rate before every step. Raises UserError when a library is missing.
     """
@@ -78,9 +78,9 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def for_disk(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with 8-bit tensors as the plain tensors that they consist of, in the same memory.
+    """The state with each 8-bit tensor replaced by its plain component tensors, which share its memory.
 
-    torch.distributed.checkpoint doesn't know torchao's type; what it loads into the plain tensors is in the state too.
+    torch.distributed.checkpoint doesn't know torchao's type. Loading into the components fills the 8-bit tensors.
     """
     optimizer: dict[str, Any] = {}
     for name, value in state["optimizer"].items():
@@ -94,7 +94,7 @@ def for_disk(state: dict[str, Any]) -> dict[str, Any]:
 class AdamWOwnState(torch.optim.AdamW):
     """AdamW whose state has another dtype than the weights: bfloat16 beside float32, or the reverse.
 
-    torch's kernel takes one dtype for all. So one weight at a time is widened, updated, and rounded back.
+    torch's kernel takes one dtype for all, so the state is cast, updated and rounded back one weight at a time.
     """
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **adam: Any) -> None:

@@ -32,7 +32,7 @@ class TrainDataOptions:
     train: tuple[str, ...] = option(MISSING, "prefixes of the training data")
     weights: tuple[float, ...] = option((), "weight of each prefix in the mixture; by size when not given", above=0)
     validation: tuple[str, ...] = option((), "prefixes of the validation data")
-    seq_len: int = option(2048, "tokens in a row", minimum=1)
+    seq_len: int = option(2048, "tokens per row", minimum=1)
     packing: Literal["best_fit", "concat", "none"] = option("best_fit", "how samples are packed into rows")
     long: Literal["error", "cut", "drop"] = option("error", "treatment of samples longer than a row")
     seed: int = option(0, "seed of the shuffle")
@@ -50,7 +50,7 @@ class OptimOptions:
     decay_embeddings: bool = option(True, "apply weight decay to embeddings and output layer too")
     state: Literal["fp32", "bf16"] = option("fp32", "data type of AdamW's state")
     clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
-    z_loss: float = option(0.0, "coefficient of the z-loss, the squared log of the softmax's sum (1e-4)")
+    z_loss: float = option(0.0, "coefficient of the z-loss, the squared logsumexp of the logits (1e-4)")
 
 
 @dataclass(kw_only=True)
@@ -114,8 +114,8 @@ class TrainOptions:
     out: Path = option(MISSING, "folder of the run: metrics, checkpoints, report and the resulting model or adapter")
     steps: int | None = option(None, "optimizer steps; by epochs when not given", minimum=1)
     epochs: float = option(1.0, "passes over the data when steps is not given", above=0)
-    batch_size: int = option(8, "rows of a step, over all devices", minimum=1)
-    micro_batch_size: int = option(1, "rows that a device computes at once; gradients are accumulated", minimum=1)
+    batch_size: int = option(8, "rows per optimizer step, over all devices", minimum=1)
+    micro_batch_size: int = option(1, "rows per forward pass of a device; gradients are accumulated", minimum=1)
     precision: Precision = option(
         "bf16-mixed", "bf16-mixed and fp16-mixed keep weights in float32 and compute in 16 bits; bf16 keeps all in 16"
     )
@@ -123,14 +123,14 @@ class TrainOptions:
         "none", "activation checkpointing: of attention (selective) or of whole layers (full)"
     )
     compile: bool = option(False, "compile the model's blocks (torch.compile)")
-    loss_chunk: int = option(1024, "tokens whose logits exist at once", minimum=1)
+    loss_chunk: int = option(1024, "tokens per chunk of the loss; only their logits are in memory", minimum=1)
     device: str = option("auto", "cpu or cuda; auto takes a GPU when there is one")
     seed: int = option(0, "seed of random weights and dropout")
     resume: str = option("auto", "auto: from the newest complete checkpoint in `out`; never; or the path of one")
-    on_nan: Literal["stop", "skip"] = option("stop", "what to do in a step whose loss or gradient is not finite")
+    on_nan: Literal["stop", "skip"] = option("stop", "action after a step with a non-finite loss or gradient")
     max_skipped: int = option(10, "with on_nan skip: stop after this many skipped steps in a row", minimum=1)
     eval_every: int = option(100, "steps between validations; 0 validates at checkpoints and at the end", minimum=0)
-    eval_rows: int = option(64, "rows of a validation", minimum=1)
+    eval_rows: int = option(64, "rows per validation", minimum=1)
     model: TrainModelOptions = group(TrainModelOptions)
     data: TrainDataOptions = group(TrainDataOptions)
     optim: OptimOptions = group(OptimOptions)

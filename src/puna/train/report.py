@@ -65,7 +65,7 @@ def environment(ranks: int, device: torch.device) -> dict[str, str]:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and the up to `window - 1` before it; values that are not finite count for nothing."""
+    """The mean of each value and the up to `window - 1` before it; non-finite values are skipped."""
     recent: deque[float] = deque(maxlen=window)
     means = []
     for value in values:

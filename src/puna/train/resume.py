@@ -21,7 +21,7 @@ UNREPORTED = ("out", "resume")
 
 
 def fixed_facts(options: TrainOptions, config: ModelConfig, base: str | None) -> dict[str, Any]:
-    """What must not change over a run, as JSON values. `base`: fingerprint of the weights that are not trained."""
+    """The facts that must not change over a run, as JSON values. `base`: fingerprint of the frozen weights."""
     lora = flatten(asdict(options.lora))
     return {
         "model": config.to_hf(),

@@ -1,6 +1,6 @@
-"""The output folder of a run: locked by one training at a time, and nothing in it that puna did not write is replaced.
+"""The output folder of a run: locked by one training at a time; foreign files in it are never replaced.
 
-Checked before anything slow begins, so that a folder that can't take the result is not found out after days.
+Checked before anything slow begins: an unusable folder must not be discovered after days of training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESULTS = ("model", "adapter")
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError for a folder that can't be made, or that holds files a run would replace and puna didn't write.
+    """Raises UserError for a folder that can't be created, or with files of others that a run would replace.
 
     What puna train wrote is recognised by the first line of config.yaml, a result by the step in its puna.json.
     """
@@ -48,7 +48,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _replaceable(result: Path) -> bool:
-    """Whether a result may be written to this path: it is free, an empty folder, or the result of a training."""
+    """Whether a result may be written here: the path is free, an empty folder, or the result of a training."""
     if not result.exists() and not result.is_symlink():
         return True
     if not result.is_dir():
@@ -63,7 +63,7 @@ def _replaceable(result: Path) -> bool:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, made if need be. Raises UserError while another one trains there.
+    """Create and lock a folder for this process. Raises UserError while another process trains there.
 
     The operating system releases the lock when the process ends, however it ends. Where a file system has no locks
     (some network mounts), a line on stderr says so.

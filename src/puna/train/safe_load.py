@@ -73,7 +73,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def load_state(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fill `state` in place from what any parallel layout saved in `folder`; collective over `group`, if any.
+    """Load the checkpoint in `folder`, of any parallel layout, into `state`; collective over `group`, if any.
 
     Raises UserError when the folder holds something else.
     """
@@ -87,7 +87,7 @@ def load_state(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | N
             process_group=group,
             no_dist=group is None,
         )
-    except (Exception, CheckpointException) as error:  # the latter, a BaseException, holds what each rank raised
+    except (Exception, CheckpointException) as error:  # the latter, a BaseException, holds each rank's error
         causes = getattr(error, "failures", None)
         first = next(iter(causes.values()))[0] if causes else error
         raise UserError(f"{folder} can't be loaded: {_sentence(first)}") from error

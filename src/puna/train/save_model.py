@@ -24,7 +24,7 @@ from puna.weights.formats.hf import write_hf
 
 @dataclass(frozen=True)
 class Origin:
-    """The base of a run apart from its weights: goes unchanged into the result."""
+    """The base of a run without its weights; copied unchanged into the result."""
 
     name: str
     config: ModelConfig
@@ -68,7 +68,7 @@ def export(
 
 
 def _source(origin: Origin, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Checkpoint:
-    """The trained model as a checkpoint to be read once; tensors that come before they are asked for are kept."""
+    """The trained model as a checkpoint that can be read once; tensors are kept until they are read."""
     early: dict[str, Tensor] = {}
 
     def read(name: str, index: Index | None) -> Tensor:

@@ -13,7 +13,7 @@ from puna.train.options import ScheduleOptions
 
 
 def check_schedule(options: ScheduleOptions, lr: float) -> None:
-    """Raises UserError for values that are not possible."""
+    """Raises UserError for invalid values."""
     if not 0 <= options.min_lr <= lr:
         raise UserError(f"schedule.min_lr {options.min_lr:g} must lie between 0 and optim.lr {lr:g}.")
     if not 0 <= options.warmup_ratio < 1 or (options.warmup_steps or 0) < 0:

@@ -51,9 +51,9 @@ class Stopped:
 
 
 class Trainer:
-    """The state of a run: model parts, optimizer, place in the data. Every method is a collective.
+    """The state of a run: model parts, optimizer, position in the data. Every method is a collective.
 
-    `base`: fingerprint of the weights that are not trained, None where all are.
+    `base`: fingerprint of the frozen weights, None where all weights are trained.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Trainer:
             try:
                 self._fit(monitor, checkpoints)
             except (Exception, KeyboardInterrupt) as error:
-                # Publishing takes all ranks. An error of one rank alone (a lost neighbour, a bad file) finds no others.
+                # Publishing is a collective: impossible after an error on one rank alone (a lost peer, a bad file).
                 together = self.strategy.mesh is None or isinstance(error, NonFiniteStep)
                 if together and (checkpoints.poll() or not isinstance(error, KeyboardInterrupt)):
                     checkpoints.wait()
@@ -288,7 +288,7 @@ class Trainer:
             self.scale, self.good = self.scale * 2, 0
 
     def _skip(self, monitor: Monitor, rows: Sequence[PackedRow], total: float) -> None:
-        """Report a step that changes no weights since its loss or gradient is not finite, or raise NonFiniteStep."""
+        """Report a step skipped for a non-finite loss or gradient, or raise NonFiniteStep."""
         number = self.step_number
         if math.isfinite(total) and self.options.precision == "fp16-mixed" and self.scale > 1:
             monitor.note(f"step {number}: gradients beyond float16, skipped; the loss is now scaled by {self.scale:g}")
@@ -310,7 +310,7 @@ class Trainer:
         monitor.note(f"{text}; skipped")
 
     def _culprits(self, rows: Sequence[PackedRow]) -> str:
-        """Names of the samples in microbatches whose own loss is not finite; all of the step's where there is none."""
+        """The samples of the microbatches with a non-finite loss; all of the step's if every loss is finite."""
         size = self.options.micro_batch_size
         bad: list[PackedRow] = []
         for start in range(0, len(rows), size):

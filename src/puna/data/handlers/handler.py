@@ -21,11 +21,11 @@ class Handler:
     name: the value of `--handler`.
     convert: the samples of a row; a `BadRow` among them is a rejected sample. Raises RowError for an unusable row.
     kind: how samples are stored: "text" as token ids, "instruction" as ids and labels, "preference" as two of these.
-    fields: what a row must have; `optional`: what is read besides.
-    sample: what a sample is, for the table in docs/data.md.
+    fields: the required fields of a row; `optional`: further fields that are read.
+    sample: the description of a sample, for the table in docs/data.md.
     detect: whether the first rows of a source are of this format; by default, whether the first has all `fields`.
     auto: False for a handler that is only chosen by name.
-    documents: how text files are split, instead of by `--documents`.
+    documents: the unit that text files are split into, overriding `--documents`.
     needs_template: samples are rendered with the tokenizer's chat template.
     uses_text_field: `convert` takes a keyword `field`, the value of `--text-field`.
     """

@@ -1,4 +1,4 @@
-"""Messages of a row under one spelling: {"role", "content"}, whatever the publisher called them.
+"""The messages of a row, normalised to {"role", "content"}.
 
 Every handler reads conversations through here, so that a spelling is understood in all formats or in none. Roles and
 shapes are those that ShareGPT, LLaMA-Factory, axolotl, TRL, OASST and the OpenAI API write.
@@ -137,7 +137,7 @@ def _part(part: Row) -> str:
 
 
 def _flag(turn: dict[str, Any]) -> bool | None:
-    """Whether the turn asks to be trained, None when it doesn't say. The keys are taken out of the turn."""
+    """Whether the turn is marked as trained, None without a mark. Removes the keys from the turn."""
     for key in PARTIAL_FLAGS:
         if turn.pop(key, None):
             raise RowError(f"{key}, which trains parts of a message")

@@ -1,6 +1,6 @@
 """The registry of dataset handlers. Adding one is a record in a file of this package and its name in this list.
 
-Detection takes the first that accepts the rows, so that a special format stands before the general one.
+Detection takes the first handler that accepts the rows, so special formats come before general ones.
 """
 
 from __future__ import annotations
