@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trace:
             traceback.print_exc(file=errors)
         if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
-            # This machine's first rank reports the same error: don't let torchrun kill it before, because this one ended.
+            # This machine's first rank reports the same error: keep torchrun from ending it before it has.
             time.sleep(1)
             return 2
         sentence = _users_own(error)

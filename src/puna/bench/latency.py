@@ -1,7 +1,7 @@
 """Latency of the first token (prefill) and of each later one (decode), for a batch of equal requests.
 
-Prefill is timed by requesting one token. Decode is the time of the whole answer minus that, over the remaining tokens:
-the same subtraction works for any engine, so that the numbers are comparable. Each round has fresh random prompts, so that no
+Prefill is timed by requesting one token. Decode is the rest of the answer's time over the remaining tokens: the same
+subtraction works for any engine, so that the numbers are comparable. Each round has fresh random prompts, so that no
 prefix is found in the cache.
 """
 

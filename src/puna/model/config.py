@@ -1,7 +1,7 @@
 """The shape of a LLaMA model; from and to Hugging Face's config.json (keys of transformers 4 and 5).
 
-Keys without effect on the computation are ignored; others that aren't implemented are refused by name. Imports no torch, so
-that the command line can describe a checkpoint at once.
+Keys without effect on the computation are ignored; others that aren't implemented are refused by name. Imports no
+torch, so that the command line can describe a checkpoint at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): trained low-rank updates beside frozen weights, put into a model from outside.
 
-Targets and modules to save are chosen as `peft` chooses them, and adapters start as there, so that either trains what
-the other began. The tensors of an adapter are named `model.layers.0.self_attn.q_proj.adapter.a` and `.b`;
-`puna.model.tp_plan` splits them over ranks, `puna.weights.adapter` stores them.
+Targets and modules to save are chosen as `peft` chooses them, and adapters are initialised as there, so that either
+continues the other's training. The tensors of an adapter are named `model.layers.0.self_attn.q_proj.adapter.a` and
+`.b`; `puna.model.tp_plan` splits them over ranks, `puna.weights.adapter` stores them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def lora_tensors(config: ModelConfig, options: LoraOptions) -> dict[str, tuple[i
 
 
 def initial(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The initial value of an update's tensor, by its name alone whatever the layout: A uniform in +-1/sqrt(in) (kaiming
-    with a = sqrt(5), as in torch and peft), B zero. `shape` is the whole tensor's; take a rank's slice of the result.
+    """The initial value of an update's tensor, by its name alone: A uniform in +-1/sqrt(in) (kaiming with
+    a = sqrt(5), as in torch and peft), B zero. `shape` is the whole tensor's; a rank takes its slice of the result.
     """
     if name.endswith(".adapter.b"):
         return torch.zeros(shape, dtype=dtype)

@@ -66,7 +66,7 @@ def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
 
 
 def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
-    """What cos and sin are multiplied by: given, or 0.1 ln(factor) + 1 (DeepSeek's mscale pair taken into account)."""
+    """The factor on cos and sin: given, or 0.1 ln(factor) + 1 (DeepSeek's mscale pair taken into account)."""
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0

@@ -64,8 +64,8 @@ class QuantScheme:
     """How a weight is stored and multiplied.
 
     name, summary: for the command line. stored: the tensors that replace `Linear.weight`, by attribute name.
-    pack(weight [out, in], any float dtype) -> those tensors. unpack(stored tensors, dtype) -> the dequantised
-    weight [out, in]. matmul(x [..., in], linear) -> [..., out] in x's dtype, the plain torch form and the oracle of every
+    pack(weight [out, in], any float dtype) -> those tensors. unpack(stored tensors, dtype) -> the dequantised weight
+    [out, in]. matmul(x [..., in], linear) -> [..., out] in x's dtype, the plain torch form and the oracle of every
     faster one. kernel(device, dtype): the fastest equal form on a device for activations of a dtype, chosen once when
     the model is built; None where there is only `matmul`. differentiable: the gradient of x passes through `matmul`.
     """
