@@ -3,7 +3,7 @@
     benchmarks/gpu.sh                                   # one H100 or H200, within 7 minutes
     benchmarks/gpu.sh --device cpu --inference tiny --training tiny --length 64    # the same code, to try the script
 
-Every part is a process of its own with a time limit. A part that fails is one line in the table, and the rest goes on.
+Every part is a separate process with a time limit. A part that fails is one line in the table; the others still run.
 Bandwidth and product rate are measured on the same device in the same run: a large sum, a bfloat16 product.
 """
 
@@ -196,7 +196,7 @@ PARTS = {
 
 
 def run(part: str) -> list[Row]:
-    """A part in a process of its own; what went wrong is its row."""
+    """Run a part in a separate process; an error becomes its row."""
     command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=SECONDS[part])

@@ -225,8 +225,8 @@ def report(times: dict[str, dict[str, list[float]]], batches: list[int], config:
             share = speed["puna"] * 2 * config.num_parameters() / rate
         else:  # every step reads the weights once, whatever the batch
             share = speed["puna"] / int(figure.split()[-1]) * weights / read
-        said = " ".join(f"{ratio:.2f}" for ratio in ratios.values())
-        print(f"{figure:18}" + "".join(f"{speed[name]:16.1f}" for name in names) + f"   {said:14}   {share:.0%}")
+        shown = " ".join(f"{ratio:.2f}" for ratio in ratios.values())
+        print(f"{figure:18}" + "".join(f"{speed[name]:16.1f}" for name in names) + f"   {shown:14}   {share:.0%}")
         rows.append({"figure": figure, "tokens_per_second": speed, "ratios": ratios, "of_bound": share})
     if options.json:
         options.json.write_text(json.dumps({"model": options.model, "device": options.device, "rows": rows}, indent=2))

@@ -1,6 +1,6 @@
 """Training steps of puna beside the same loop over transformers (and peft), on the same shape and batch, in one run.
 
-Each side runs in a process of its own and makes a step when it is told to, in turns, so that a busy machine slows both
+Each side runs in a separate process and makes a step on request, in turns, so that a busy machine slows both
 alike; figures are medians. Weights are random: float32 master weights and bfloat16 products, fused AdamW, gradients
 clipped, nothing recomputed. Memory is the peak of what a process allocates.
 
@@ -150,7 +150,7 @@ def theirs(method: str) -> Any:
 
 
 def serve(side: str) -> None:
-    """Make a step per line of stdin, and say what it took."""
+    """Make a step per line of stdin and print its time."""
     name, method = side.split("-")
     out, sys.stdout = sys.stdout, sys.stderr
     step = {"puna": ours, "transformers": theirs}[name](method)
