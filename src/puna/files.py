@@ -1,7 +1,7 @@
 """Files: read with bounds, mapped, hashed, and replaced as a whole or not at all. Imports no torch.
 
-This is the only module that puts a file or directory in another's place. What is being written lies hidden beside its
-destination (`.NAME.xxxx.part`), is synced to the disk, and is renamed. Ctrl-C, an error or a full disk removes it; a
+This is the only module that replaces files and directories. The new one is written under a hidden name beside its
+destination (`.NAME.xxxx.part`), synced to disk, and renamed. Ctrl-C, an error or a full disk removes it; a
 killed process or a power cut leaves it behind (`leftovers`), and the destination as it was.
 """
 
@@ -151,7 +151,7 @@ def manifest_path(checkpoint: Path) -> Path:
 
 
 def leftovers(dst: Path) -> list[Path]:
-    """What killed processes left of `dst`; what a running process is writing isn't among them."""
+    """The hidden folders that killed processes left of `dst`, without those of running processes."""
     parent = dst.absolute().parent
     return [
         path for path in sorted(parent.glob(f".{glob.escape(dst.name)}.*.part")) if path.is_dir() and _abandoned(path)
@@ -170,8 +170,8 @@ def leftovers_note(dst: Path) -> str:
 def staged(dst: Path, overwrite: bool = False) -> Iterator[Path]:
     """A path to write a file or directory to; it becomes `dst` when the body succeeds, and disappears when it doesn't.
 
-    What the body writes beside that path, a manifest, moves along. Raises `UserError` when `dst` exists, unless
-    `overwrite` is given and a manifest says that puna wrote it, and when the disk is full.
+    Files that the body writes beside that path, such as a manifest, move along. Raises `UserError` when `dst` exists,
+    unless `overwrite` is given and a manifest says that puna wrote it, and when the disk is full.
     """
     final = Path(os.path.abspath(dst))
     if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
@@ -205,7 +205,7 @@ def staged(dst: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _publish(stage: Path, final: Path) -> None:
-    """Moves everything in `stage` to its place, and what is there out of the way; puts it back when that fails."""
+    """Moves everything in `stage` into place and the former files out of the way; restores them on failure."""
     fresh = sorted(stage.iterdir(), key=lambda path: path.name == final.name)  # the checkpoint after its manifest
     aside = stage / "replaced"
     aside.mkdir()

@@ -1,4 +1,4 @@
-"""What a Python user holds: `LLM` and `pipeline`.
+"""The Python API: `LLM` and `pipeline`.
 
 >>> from puna import LLM, SamplingParams
 >>> llm = LLM("smollm2-135m-instruct")
@@ -33,7 +33,7 @@ Encoded = tuple[list[int], str | None]  # token ids, and the text where there is
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What a step added to completion `index`. `finish_reason` is set in its last delta.
+    """New text and tokens of completion `index`. `finish_reason` is set in its last delta.
 
     text: final text; it never ends inside a character or in what may become a stop string. logprobs: of `token_ids`,
     None unless asked for.
@@ -159,7 +159,7 @@ class LLM:
         return self.tokenizer.encode_chat(prompt, continue_final_message=continue_final_message), text  # type: ignore[arg-type]
 
     def _check_size(self, text: str) -> None:
-        """Refuse a text that is too long for the context however it is encoded, since encoding it may take minutes."""
+        """Refuse a text too long for the context under any encoding, since encoding it may take minutes."""
         if self.tokenizer is None or len(text) <= LONG_TEXT:
             return
         longest = 1 + max(map(len, map(self.tokenizer.token_bytes, range(self.tokenizer.vocab_size))))  # and a space
@@ -191,7 +191,7 @@ class LLM:
         left = min(self.max_model_len, self.kv_cache_tokens) - prompt_len
         return replace(params, max_tokens=min(wanted, max(1, left)))
 
-    # Steps, and who gets what they bring
+    # Steps and the dispatch of their events
 
     def _submit(self, encoded: Encoded, params: SamplingParams | None, inbox: _Inbox, id: str | None = None) -> str:
         ids, text = encoded
@@ -311,7 +311,7 @@ class LLM:
         return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
-        """Text and tokens as they are made. Closing the iterator aborts the request. Beam search cannot stream."""
+        """Streams text and tokens. Closing the iterator aborts the request. Beam search cannot stream."""
         self._check_prompt(prompt)
         _check_params(params)
         if (params or self.defaults).num_beams > 1:

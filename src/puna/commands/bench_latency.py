@@ -34,7 +34,7 @@ class BenchOptions(EngineOptions):
 class LatencyOptions(BenchOptions):
     """Time prefill and decode over a grid of lengths and batch sizes.
 
-    Times are medians. Decode is also given as a share of the memory bandwidth that a plain read reaches on the same
+    Times are medians. Decode is also given as a fraction of the memory bandwidth that a plain read reaches on the same
     device.
 
     Examples:

@@ -51,12 +51,12 @@ class ChatOptions(EngineOptions):
     """
 
     system: str | None = option(None, "system message; the template's own when not given")
-    verbose: bool = option(False, "say after each answer how many tokens it took and how fast they came")
+    verbose: bool = option(False, "print the number of tokens and the speed after each answer")
     sampling: dict[str, Any] = overrides(SamplingParams)
 
 
 def run(options: ChatOptions) -> int:
-    """Talks until the user leaves or the input ends."""
+    """Chats until the user leaves or the input ends."""
     from puna.llm import LLM
 
     given = options.sampling
@@ -176,7 +176,7 @@ class Chat:
         deltas.close()  # aborts the request when it was stopped
         print(flush=True)
         if pressed:
-            if not self.terminal or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun was told too, and ends all
+            if not self.terminal or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun ends all ranks
                 raise KeyboardInterrupt
             _note("[stopped]")
         self.messages.append({"role": "assistant", "content": text})
@@ -186,14 +186,14 @@ class Chat:
             _note(f"[{prompt_tokens} + {tokens} tokens, first after {first:.2f} s, then {rate:.1f} tokens/s]")
 
     def fit(self) -> tuple[int, SamplingParams]:
-        """Drops the oldest turns until the prompt leaves room for an answer; how long it is then, and what to ask."""
+        """Drop the oldest turns until an answer fits. Returns the prompt's length and the sampling parameters."""
         limit = self.llm.max_model_len
-        room = min(self.params.max_tokens or limit // 4, limit // 2)
+        reserved = min(self.params.max_tokens or limit // 4, limit // 2)
         dropped = 0
         while True:
             length = len(self.llm.encode(self.messages)[0])
             first = 1 if self.system else 0
-            if length + room <= limit or len(self.messages) <= first + 1:
+            if length + reserved <= limit or len(self.messages) <= first + 1:
                 break
             del self.messages[first : first + 2]  # a question and its answer
             dropped += 2

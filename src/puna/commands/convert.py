@@ -14,7 +14,7 @@ from puna.weights.formats.registry import DTYPE, OLD_NAMES, TO, WriteOptions, ch
 class ConvertOptions(WriteOptions):
     """Convert a checkpoint to another format and verify the result against its source.
 
-    The source's format is detected. A conversion that is stopped leaves nothing behind.
+    The source's format is detected. An interrupted conversion leaves nothing behind.
 
     Examples:
       puna convert smollm2-135m-instruct smollm2 --to hf --dtype bfloat16

@@ -1,4 +1,4 @@
-"""`puna demo`: the main job on real weights, each step under the command that does the same.
+"""`puna demo`: the main workflow on real weights, each step under its command.
 
 Import a GGUF, compare the import with its source, chat, generate a batch, time it; then teach the model a character by
 LoRA, ask it the same before and after, and merge the adapter. A second run takes the import and the adapter that it
@@ -108,7 +108,7 @@ def run(options: DemoOptions) -> int:
 
 
 def _teach(model: Path, folder: Path) -> int:
-    """LoRA on a few talks, the answers before and after, and the adapter merged into a checkpoint of its own."""
+    """LoRA on a few talks, the answers before and after, and the adapter merged into a new checkpoint."""
     data, file, merged = folder / "character", folder / "character.yaml", folder / "merged"
     out = folder / "character-run"
     _title("Prepare sixty talks with a llama", f"puna data prepare {CHARACTER.name} --out {data} --tokenizer {model}")
@@ -121,7 +121,7 @@ def _teach(model: Path, folder: Path) -> int:
         return code
     print(f"curve saved as {out / 'loss.png'}, report as {out / 'report.html'}")
     adapter = out / "adapter"
-    _title("Merge the adapter, proven against model and adapter", f"puna lora merge {model} {adapter} {merged}")
+    _title("Merge the adapter and verify the result", f"puna lora merge {model} {adapter} {merged}")
     lora_merge.run(LoraMergeOptions(model=str(model), adapter=adapter, dst=merged, overwrite=merged.exists()))
     _title("Ask before and after", f'puna generate {merged} --chat "{ASKED[0]}" --max-tokens 48')
     answers = {name: _answers(path) for name, path in (("before", model), ("after", merged))}
@@ -146,7 +146,7 @@ def _title(what: str, command: str) -> None:
 
 
 def _beside_python() -> str:
-    """What stands before `puna` to run it from the virtual environment that this is."""
+    """The path prefix of `puna` in the current virtual environment."""
     if sys.prefix == sys.base_prefix:
         return ""
     folder = Path(sys.executable).parent

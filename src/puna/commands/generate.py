@@ -40,10 +40,10 @@ class GenerateOptions(EngineOptions):
     """Complete one prompt or thousands.
 
     Prompts are arguments, a text file with one prompt a line, JSONL, or stdin. A JSONL row is {"prompt": "..."} or
-    {"messages": [{"role": "user", "content": "..."}]}, with an optional "id", an optional "metadata" that comes out as
-    it went in, and the row's own values for the options of how tokens are chosen. JSONL goes in and JSONL comes out, in
-    the same order: {"index", "id", "choices", "usage"}, or {"index", "id", "error"} for a bad row, and the rest goes
-    on; that is no failure of the run. With --out, a second run skips the rows that are already there.
+    {"messages": [{"role": "user", "content": "..."}]}, with optional "id" and "metadata", which are copied to the
+    record, and the row's own sampling options. The output is JSONL in the same order:
+    {"index", "id", "choices", "usage"}, or {"index", "id", "error"} for a bad row, which doesn't fail the run. With
+    --out, a second run skips the rows that are already there.
 
     Examples:
       puna generate smollm2-135m-instruct "The capital of France is" --max-tokens 16
@@ -167,7 +167,7 @@ def _foreign(path: Path, index: int) -> UserError:
 
 
 def record(row: Row, tokenizer: Tokenizer | None) -> Record:
-    """What is printed for a row: its index, what it carried, and its answer in OpenAI's names, or its error."""
+    """The output record of a row: its index, id and metadata, and its answer in OpenAI's names, or its error."""
     head, output = {"index": row.index, **row.carried}, row.output
     if row.fingerprint is not None:
         head["fingerprint"] = row.fingerprint
@@ -246,14 +246,14 @@ def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) ->
 
 
 def _append(path: Path, whole: int) -> TextIO:
-    """The file opened to go on after its first `whole` bytes."""
+    """The file, opened to append after its first `whole` bytes."""
     file = path.open("a", encoding="utf-8")
     file.truncate(whole)
     return file
 
 
 def _line(record: Record, encoding: str) -> str:
-    """The record as JSON; escaped where it can't be written as it is, as with half a surrogate pair."""
+    """The record as JSON; escaped where it can't be encoded, as with half a surrogate pair."""
     text = json.dumps(record, ensure_ascii=False) + "\n"
     try:
         text.encode(encoding)
@@ -263,7 +263,7 @@ def _line(record: Record, encoding: str) -> str:
 
 
 def _write_text(rows: Iterator[Row], load: Load, max_num_seqs: int) -> int:
-    """Print the answers; one alone is streamed. What failed is said on stderr, and the exit code is 2 then."""
+    """Print the answers; a single one is streamed. Errors go to stderr and give exit code 2."""
     llm, params = load()
     head = list(islice(rows, 2))
     if len(head) == 1 and params.n == params.num_beams == 1:

@@ -30,10 +30,10 @@ class Row:
     index: int
     prompt: Any = None  # text, token ids, or messages
     options: Record = field(default_factory=dict)
-    carried: Record = field(default_factory=dict)  # "id" and "metadata", which come out as they went in
+    carried: Record = field(default_factory=dict)  # "id" and "metadata", copied to the record
     error: str | None = None
     output: RequestOutput | None = None
-    fingerprint: str | None = None  # of all that decides the answer, where an output file keeps it
+    fingerprint: str | None = None  # of all that the answer depends on, where an output file keeps it
 
 
 @dataclass(frozen=True)

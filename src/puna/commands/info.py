@@ -1,4 +1,4 @@
-"""`puna info X`: what a checkpoint is, from its headers; no weight is read."""
+"""`puna info X`: describes a checkpoint from its headers, without reading weights."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`puna launch`: a run on several devices by torchrun, or the manifest with which Slurm or Kubernetes start it there.
 
-puna needs no launcher of its own; this saves remembering torchrun's flags, and keeps the manifests in line with them.
+A wrapper of torchrun and its flags, which the manifests share.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LaunchOptions:
     command: tuple[str, ...] = argument("the verb and its arguments, all that follows", default=(), rest=True)
     nproc: int = option(1, "processes on each node, one a device", minimum=1)
     nnodes: int = option(1, "machines", minimum=1)
-    rendezvous: str | None = option(None, "HOST:PORT of the first node, where the nodes meet; manifests find it out")
+    rendezvous: str | None = option(None, "HOST:PORT of the first node, for the rendezvous; manifests determine it")
     slurm: bool = option(False, "print an sbatch script")
     k8s: bool = option(False, "print a Kubernetes Job with its Service")
     name: str = option("puna", "manifests: the job's name")

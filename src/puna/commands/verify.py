@@ -1,4 +1,4 @@
-"""`puna verify A B`: whether two checkpoints, of any two formats, are the same model, and where they part."""
+"""`puna verify A B`: whether two checkpoints of any formats are the same model, and where they differ."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def _tensors(report: Report) -> str:
         "different": len(report.different),
     }
     equal = report.tensors - sum(counts.values())
-    said = [f"{count} {what}" for what, count in {"bit-equal": equal, **counts}.items() if count]
-    return f"{report.tensors} compared: {', '.join(said)}"
+    shown = [f"{count} {name}" for name, count in {"bit-equal": equal, **counts}.items() if count]
+    return f"{report.tensors} compared: {', '.join(shown)}"
 
 
 def _first(report: Report) -> list[str]:
@@ -132,5 +132,5 @@ def _pairs(pairs: dict[str, tuple[Any, Any]]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= 60 else f"{said[:57]}..."
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -89,7 +89,7 @@ class BlockPool:
         size = self.block_size
         for i in range(len(content_ids), computed // size):
             key = (content_ids[-1] if content_ids else ROOT, tuple(tokens[i * size : (i + 1) * size]))
-            if key not in self._by_key:  # else the same content was computed twice; the first block keeps the name
+            if key not in self._by_key:  # otherwise the same content was computed twice; the first block keeps the key
                 self._by_key[key] = (blocks[i], self._next_content_id)
                 self._key_of[blocks[i]] = key
                 self._next_content_id += 1

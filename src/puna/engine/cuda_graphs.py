@@ -14,7 +14,7 @@ from puna.engine.paged_attention import PagedAttention, length_mask
 from puna.engine.sequence import Batch, Chunk
 from puna.model.llama import Llama
 
-MAX_ROWS = 256  # beyond it launching costs little beside computing
+MAX_ROWS = 256  # above it launches cost little beside the computation
 
 
 class PaddedDecode:

@@ -1,4 +1,4 @@
-"""From a step's logits to decisions: plain values that the driver chooses and that every rank applies."""
+"""Decisions from a step's logits: plain values that the driver makes and every rank applies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from puna.engine.sequence import Batch, Chunk, Request
 GREEDY = SamplingParams()
 Owner = tuple[Request, int | None]  # of a row of logits, and the index of the sequence that gets the token, if any
 
-# (what, request id, sequence index, value), where value is for
+# (kind, request id, sequence index, value), where value is for
 #   "tokens"  list[Sampled], one token; as many as the request has completions when they fork
 #   "beams"   the (parent, token) of each beam, as BeamSearch.advance returns them
 #   "prompt"  list[Logprob] of prompt tokens
@@ -26,7 +26,7 @@ Decision = tuple[str, str, int, Any]
 
 
 def decide(batch: Batch, logits: Tensor, beams: dict[str, BeamSearch]) -> Iterator[Decision]:
-    """All that a step decides, in the order in which it is applied. Requests whose logits are unusable fail alone.
+    """The decisions of a step, in the order of their application. Requests with non-finite logits fail alone.
 
     logits: [rows, vocab], as `Runner.run` returns them. beams: the searches by request id.
     """
@@ -45,7 +45,7 @@ def decide(batch: Batch, logits: Tensor, beams: dict[str, BeamSearch]) -> Iterat
             members.setdefault(request.id, []).append(row - 1)
             requests[request.id] = request
             continue
-        if not chunk.samples:  # checked all the same: keys and values that are not finite must not stay
+        if not chunk.samples:  # checked all the same: non-finite keys and values must not stay in the cache
             rows.append(Row(GREEDY, 0, 0))
             logit_rows.append(row - 1)
             owners.append((request, None))

@@ -103,7 +103,7 @@ class Engine:
         return len(self.requests)
 
     def _word_ids(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """Each word's tokens, as it stands at the beginning of a text and behind a space."""
+        """Each word's tokens, at the beginning of a text and after a space."""
         if not words or self.tokenizer is None:
             return ()
         spellings = [text for word in words for text in (word, " " + word.lstrip(" "))]
@@ -113,7 +113,7 @@ class Engine:
     # Steps
 
     def step(self) -> StepOutput:
-        """Compute the next batch. Returns an update for each sequence that moved, and the requests that finished."""
+        """Compute the next batch. Returns an update per sequence with new tokens, and the finished requests."""
         if self._stopped:
             raise UserError("The other ranks were released; start the script again.")
         ops = []
@@ -142,13 +142,13 @@ class Engine:
         return out
 
     def stop(self) -> None:
-        """Release the other ranks from `run_worker`; nothing to do without any."""
+        """Release the other ranks from `run_worker`, if any."""
         if self.tp is not None and not self.tp.broken and not self._stopped:
             self._broadcast([*self._pending_ops, ("stop", None)])
             self._stopped = True
 
     def run_worker(self) -> None:
-        """What the other ranks do: step along with the driver until it stops."""
+        """The loop of the other ranks: step with the driver until it stops."""
         try:
             while True:
                 self.step()
@@ -165,7 +165,7 @@ class Engine:
             logits = self.runner.run(batch)
             self.scheduler.update(batch)
             return list(decide(batch, logits, self._beams)) if self.is_driver else None
-        except BaseException:  # Ctrl-C, or out of memory: nothing of the batch counts, and all of it is computed again
+        except BaseException:  # Ctrl-C, or out of memory: the batch is discarded and computed again
             self.scheduler.preempt_all()
             raise
 
@@ -253,7 +253,7 @@ class Engine:
         return TextStream(detokenizer, params.stop, include_stop=params.include_stop_str_in_output)
 
     def _end_text(self, seq: Sequence) -> str:
-        """The text that a sequence held back; it may complete a stop string after all."""
+        """The text that a sequence held back; it may still complete a stop string."""
         if seq.stream is None:
             return ""
         text, stop = seq.stream.end()

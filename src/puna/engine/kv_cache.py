@@ -26,8 +26,8 @@ def cache_blocks(
 ) -> int:
     """Blocks of `block_size` positions; the same on every rank.
 
-    `tokens` asks for that many positions. Otherwise as many as fit the free memory, but no more than `max_sequences` of
-    the greatest length could use. Raises UserError when not even one block fits.
+    `tokens`: at least that many positions. None: as many as fit the free memory, at most what `max_sequences` of the
+    maximum length could use. Raises UserError when not even one block fits.
     """
     if tokens is not None:
         if tokens < block_size:

@@ -37,7 +37,10 @@ class EngineOptions:
         None, "longest prompt plus answer, in tokens; the config's own when not given", minimum=2
     )
     kv_cache_tokens: int | None = option(
-        None, "tokens that the KV cache holds; sized from free memory when not given", aliases=("kv_tokens",), minimum=1
+        None,
+        "capacity of the KV cache in tokens; sized from free memory when not given",
+        aliases=("kv_tokens",),
+        minimum=1,
     )
     max_num_batched_tokens: int = option(
         2048, "tokens computed in one step, prompts and answers together", aliases=("max_batch_tokens",), minimum=1

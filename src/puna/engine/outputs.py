@@ -1,4 +1,4 @@
-"""What the engine returns: an update for each sequence that moved in a step, and the outputs of finished requests."""
+"""Outputs of the engine: an update per sequence with new tokens in a step, and the outputs of finished requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from puna.tokenizer import Tokenizer
 
 @dataclass(slots=True)
 class SequenceUpdate:
-    """What one step added to one sequence (completion `index` of a request).
+    """The output of one step for one sequence (completion `index` of a request).
 
     text: final text. It never ends inside a character or in what may become a stop string, so that the texts of all
     updates join to the completion's text. It may be empty, and may belong to tokens of earlier updates. logprobs: of
@@ -74,7 +74,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What a step brought: updates in the order of the batch, and the requests that finished with it."""
+    """The events of a step: updates in the order of the batch, and the requests that it finished."""
 
     updates: list[SequenceUpdate] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)

@@ -23,7 +23,7 @@ class PrefillChunk:
 
 @dataclass
 class PagedAttention:
-    """`attend` of a flat batch of N tokens. Its first `decodes` rows are single tokens, each of a sequence of its own.
+    """`attend` of a flat batch of N tokens. Its first `decodes` rows are decodes, one token of one sequence each.
 
     Each call writes the layer's new keys and values into the cache, then reads all that the batch attends to.
     """

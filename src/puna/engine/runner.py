@@ -1,4 +1,4 @@
-"""From a batch to logits: the interface behind which eager PyTorch, CUDA graphs or another core compute a step."""
+"""`Runner`, the interface from a batch to logits, implemented by eager PyTorch and by CUDA graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Runner(Protocol):
         ...
 
     def clear(self, blocks: Iterable[int]) -> None:
-        """Zero these blocks, so that their next users can mask what they hold."""
+        """Zero these blocks, so that their next users can mask their content."""
         ...
 
 

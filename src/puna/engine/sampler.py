@@ -1,4 +1,4 @@
-"""From logits to tokens, many requests at once: the likeliest token, or a draw that each request can repeat alone.
+"""Batched sampling: logits to tokens, greedy or by draws that each request can reproduce alone.
 
 A row's token depends on its own logits, parameters, seed and position, never on the rows beside it: every reduction
 runs along the vocabulary in an order that doesn't depend on the batch (bit for bit on the CPU; on a GPU the sums may
@@ -46,7 +46,7 @@ class NonFiniteLogits(UserError):
 
 @dataclass(slots=True)
 class Row:
-    """What the sampler knows of the sequence that a row of logits belongs to."""
+    """The sampler's view of the sequence of a row of logits."""
 
     params: SamplingParams
     seed: int

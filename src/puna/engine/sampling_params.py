@@ -63,7 +63,7 @@ _HF_SAME = (
 class SamplingParams:
     """How tokens are chosen.
 
-    On the command line, what is not given comes from the checkpoint's generation_config.json, else the defaults here.
+    On the command line, missing values are the checkpoint's (generation_config.json), then the defaults here.
     Raises UserError for a value out of its range and for values that contradict each other.
     """
 

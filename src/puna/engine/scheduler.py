@@ -1,8 +1,8 @@
 """The scheduler: which tokens the next step computes. There are no phases; all pending tokens share one budget.
 
 Running requests come first, oldest first; then waiting ones are admitted. When the cache is full, the newest running
-request is preempted: its blocks are freed and it waits at the front. Its tokens are computed again later, so that
-nothing but time is lost.
+request is preempted: its blocks are freed and it waits at the front. Its tokens are recomputed later, at the cost
+of time only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from puna.engine.block_pool import BlockPool
 from puna.engine.sequence import Batch, Chunk, Request, Sequence
 
-PROMPT_LOGIT_ROWS = 256  # positions a step of a request that wants log-probabilities of its prompt: [256, vocab] logits
+PROMPT_LOGIT_ROWS = 256  # prompt positions per step of a request with prompt_logprobs: [256, vocab] logits
 
 
 class Scheduler:
@@ -31,7 +31,7 @@ class Scheduler:
         return len(self.waiting) + len(self.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request. The caller has checked that it fits the cache when alone."""
+        """Queue a request. The caller has checked that it alone fits the cache."""
         self.waiting.append(request)
 
     def schedule(self) -> Batch:
@@ -165,7 +165,7 @@ class Scheduler:
         return True
 
     def _counts(self, request: Request, budget: int) -> Iterator[tuple[Sequence, int]]:
-        """How many tokens of each sequence. Beams choose among each other, so their last tokens come in one step."""
+        """The number of tokens of each sequence. The last tokens of all beams come in one step, since beams compete."""
         hold_last = request.has_beams and sum(seq.pending for seq in request.sequences) > budget
         for seq in request.sequences:
             count = min(seq.pending - hold_last, budget)

@@ -23,7 +23,7 @@ class Sequence:
 
     tokens: list[int]  # prompt and output
     prompt_len: int
-    max_len: int  # tokens at which it ends, prompt included
+    max_len: int  # maximum length in tokens, prompt included
     seed: int
     index: int = 0  # among the request's continuations
     computed: int = 0
@@ -33,8 +33,8 @@ class Sequence:
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    stream: TextStream | None = None  # makes text of the output; None without a tokenizer and before the first token
-    texts: list[str] = field(default_factory=list)  # what it made so far
+    stream: TextStream | None = None  # detokenizes the output; None without a tokenizer and before the first token
+    texts: list[str] = field(default_factory=list)  # its text so far
 
     @property
     def pending(self) -> int:
@@ -58,7 +58,7 @@ class RequestTimes:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt and what was asked of it. Its sequences are scheduled, preempted and finished as one group."""
+    """A prompt and its parameters. Its sequences are scheduled, preempted and finished as one group."""
 
     id: str
     prompt: list[int]
@@ -75,7 +75,7 @@ class Request:
 
     @property
     def score_only(self) -> bool:
-        """Whether it wants log-probabilities of the prompt and no output."""
+        """Whether it only scores the prompt, without output."""
         return self.params.max_tokens == 0
 
     @property
@@ -89,12 +89,12 @@ class Request:
 
     @property
     def unforked(self) -> bool:
-        """Whether its one sequence still stands for all of n > 1, which fork with the first token."""
+        """Whether n > 1 and its sequences have not forked yet, which happens at the first token."""
         return self.params.n > len(self.sequences) + len(self.finished)
 
     @property
     def width(self) -> int:
-        """The most sequences that it ever runs at once."""
+        """The maximum number of sequences that it runs at once."""
         return max(self.params.n, self.params.num_beams)
 
 

@@ -1,4 +1,4 @@
-"""The text of one sequence as its tokens arrive: only text that is final, up to the first stop string.
+"""Streaming text of one sequence: only final text, up to the first stop string.
 
 Text is held back while it may still become part of a stop string; the detokenizer below holds back the bytes of an
 incomplete character.
@@ -22,7 +22,7 @@ class TextStream:
         self, detokenizer: IncrementalDetokenizer, stop: Sequence[str] = (), *, include_stop: bool = False
     ) -> None:
         self._detokenizer, self._stop, self._include_stop = detokenizer, stop, include_stop
-        self._held = ""  # the longest end of the text that is the beginning of a stop string
+        self._held = ""  # the longest suffix of the text that is a prefix of a stop string
 
     def push(self, token: int, *, stops: bool = True) -> tuple[str, str | None]:
         """Add a token. `stops=False`: stop strings that this token completes do not count (`min_tokens`)."""
@@ -50,5 +50,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Limits of the engine: a request that can never run is refused in one sentence before it is queued."""
+"""Validation of requests: one that can never run is refused before it is queued."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from puna.errors import UserError
 
 @dataclass(frozen=True)
 class RequestValidator:
-    """What an engine accepts. Lengths in tokens. `longest_model_len`: the most that max_model_len could be set to."""
+    """The limits of an engine. Lengths in tokens. `longest_model_len`: the most that max_model_len could be set to."""
 
     vocab_size: int
     max_model_len: int

@@ -1,1 +1,1 @@
-"""Layouts over several processes: what is set into a model that itself knows nothing of ranks."""
+"""Parallelism over several processes, applied to a model that itself knows nothing of ranks."""

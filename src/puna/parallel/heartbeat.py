@@ -57,7 +57,7 @@ class Heartbeat:
         self.lost: int | None = None
         self.detected, self.stopped = threading.Event(), threading.Event()
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection of its own: the main thread may be waiting on another.
+        # A separate connection: the main thread may be waiting on another.
         store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=lost_after))
         self.store = dist.PrefixStore(f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)

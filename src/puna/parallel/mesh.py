@@ -44,7 +44,7 @@ class MeshOptions:
 
     @property
     def data_size(self) -> int:
-        """Ranks that each load rows of their own."""
+        """Ranks that load different rows (data-parallel size)."""
         return self.dp_replicate * self.dp_shard
 
 

@@ -1,7 +1,6 @@
-"""What one rank trains: the model, or a pipeline stage of it, with the loss as the end of its forward pass.
+"""The module that one rank trains: the model or a pipeline stage, with the loss at the end of its forward pass.
 
-With the loss inside, whoever shards a module's weights (FSDP2) or runs a stage (pipelining) sees one module from token
-ids to a number, output layer included.
+With the loss inside, FSDP2 and pipelining see one module from token ids to a number, output layer included.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class ModelPart(nn.Module):
     def _output_weight(self) -> Tensor:
         layer = self.model.lm_head
         weight = layer.get_param(layer, "weight")
-        if isinstance(layer.adapter, LoRA):  # the loss wants one matrix
+        if isinstance(layer.adapter, LoRA):  # the loss needs one matrix
             a, b = (layer.adapter.get_param(layer.adapter, name).to(weight.dtype) for name in "ab")
             weight = torch.addmm(weight, b, a, alpha=layer.adapter.scale)
         return weight

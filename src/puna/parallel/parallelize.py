@@ -1,4 +1,4 @@
-"""From a model on the meta device to what one rank trains, in the one order that works."""
+"""From a model on the meta device to the parts that one rank trains, in one fixed order."""
 
 from __future__ import annotations
 

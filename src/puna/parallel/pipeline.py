@@ -64,7 +64,7 @@ class Pipeline:
         return self.sums
 
     def evaluate(self, microbatches: list[Batch], loss: Loss) -> list[Tensor]:
-        """The loss sums alone, stage by stage without gradients."""
+        """The loss sums, computed stage by stage without gradients."""
         sums, sent = [], []
         for part, index in zip(self.parts, self.indices, strict=True):
             part.loss = loss

@@ -22,7 +22,7 @@ class RankLost(UserError):
 
 
 def world_size() -> int:
-    """The number of ranks that torchrun started; 1 for a process of its own."""
+    """The number of ranks that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

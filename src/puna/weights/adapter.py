@@ -1,7 +1,7 @@
 """LoRA adapters in peft's layout: adapter_config.json and adapter_model.safetensors.
 
-Reads LoRA on a LLaMA, modules saved whole, and trained rows of the embedding; what would make another model of it
-(DoRA, trained biases, LoRA on the embedding ...) is refused by name. Written so that `peft` computes what puna does.
+Reads LoRA on a LLaMA, modules saved whole, and trained rows of the embedding; other methods (DoRA, trained biases, LoRA
+on the embedding ...) are refused by name. Written so that `peft` computes the same as puna.
 Layout: https://huggingface.co/docs/peft/developer_guides/checkpoint ("PEFT checkpoint format").
 """
 
@@ -83,7 +83,7 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Opens an adapter's directory. Raises UserError for what isn't plain LoRA, and for a damaged one."""
+    """Opens an adapter's directory. Raises UserError for a damaged adapter and for anything but plain LoRA."""
     path = Path(path).expanduser()
     if not (path / CONFIG).exists():
         raise UserError(f"{path} is not an adapter in peft's layout: it has no {CONFIG}.")
@@ -192,8 +192,9 @@ def write_adapter(
 ) -> None:
     """Writes the directory `dst`, which must not exist yet, in peft's layout.
 
-    `tensors`: what was trained, whole: `model.layers.0.self_attn.q_proj.adapter.a` and so on, and the modules to save
-    under their Hugging Face names. `config` and `options` are those of the training, `base` says where its base is.
+    `tensors`: the trained tensors, unsplit: `model.layers.0.self_attn.q_proj.adapter.a` and so on, and the modules to
+    save under their Hugging Face names. `config` and `options` are those of the training, `base` is the base's
+    name or path.
     """
     modules, whole = adapted(config, options), saved(config, options)
     stored = {_theirs(name): tensors[name] for name in lora_tensors(config, options)}
@@ -291,7 +292,7 @@ def _token_rows(path: Path, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def rows_name(matrix: str) -> str:
-    """What the rows that replace some of a matrix are called in `Adapter.tensors`."""
+    """The name in `Adapter.tensors` of the rows that replace some of a matrix."""
     return matrix.removesuffix(".weight") + ".rows"
 
 

@@ -1,7 +1,7 @@
 """The interface to a checkpoint of any format: Hugging Face names, rotate-half RoPE order, one tensor at a time.
 
-Whoever reads weights holds a `Checkpoint` and never learns which file a tensor came from. Importing this module imports
-no torch, so that the formats can be listed in help texts at once.
+Readers of weights use a `Checkpoint` and never learn which file a tensor came from. Importing this module imports no
+torch, so that help texts can list the formats at once.
 """
 
 from __future__ import annotations

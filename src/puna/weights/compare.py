@@ -1,8 +1,7 @@
 """Two checkpoints of any two formats side by side: what differs in config, tensors, tokenizer, layers and logits.
 
-Reads both tensor by tensor and runs both layer by layer, so that models larger than memory can be compared too. One may
-be the other rounded to a narrower type, which is told apart from a difference; a quantised one may be as far off as
-`tolerance` says.
+Reads both tensor by tensor and runs both layer by layer, so that models larger than memory can be compared too.
+Rounding to a narrower type is told apart from a difference; quantised tensors may differ by up to `tolerance`.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class LogitsDifference:
 
 @dataclass
 class Report:
-    """What `compare` found. `skipped` says of a part why it was not compared."""
+    """The result of `compare`. `skipped`: part -> the reason why it was not compared."""
 
     a: str
     b: str
@@ -71,7 +70,7 @@ class Report:
     close: list[TensorDifference] = field(default_factory=list)  # within the tolerance
     different: list[TensorDifference] = field(default_factory=list)
     tokenizer: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    layers: dict[str, float] = field(default_factory=dict)  # relative difference of what each layer gives
+    layers: dict[str, float] = field(default_factory=dict)  # relative difference of each layer's output
     first_layer: str | None = None  # the first whose difference is more than rounding and tolerance explain
     logits: LogitsDifference | None = None
     skipped: dict[str, str] = field(default_factory=dict)
@@ -89,7 +88,7 @@ def verify(a: str | Path, b: str | Path, tolerance: float | None = None, *, logi
 
 
 def compare(a: Checkpoint, b: Checkpoint, tolerance: float | None = None, *, logits: bool = True) -> Report:
-    """Compares config, tensors, tokenizer, and with `logits` what each layer computes for probe texts.
+    """Compares config, tensors, tokenizer, and with `logits` the outputs of each layer for probe texts.
 
     `tolerance`: the relative difference up to which a tensor counts as the same; None is 0, and 0.02 when one of the
     two is quantised. Rounding to a narrower type needs no tolerance. Takes the memory of a slice of a tensor and of the
@@ -122,7 +121,7 @@ def quantised(source: Checkpoint) -> bool:
 
 
 def compare_tokenizers(a: Tokenizer | None, b: Tokenizer | None, vocab_size: int) -> dict[str, tuple[Any, Any]]:
-    """What differs: ids of probe texts, the texts back, BOS and end tokens, the template and what it renders.
+    """The differences: ids of probe texts, decoded texts, BOS and end tokens, the template and a rendered conversation.
 
     Tokens beyond the `vocab_size` rows of the model, which no text can use, don't count.
     """
@@ -209,7 +208,7 @@ def _largest(a: float, b: float) -> float:
 
 
 def _compare_layers(a: Checkpoint, b: Checkpoint, ids: Tensor, report: Report) -> None:
-    """Runs both side by side. Where one is the other rounded, so is the other, and what they compute must be equal."""
+    """Runs both side by side. If one is the other rounded, both run rounded, and the outputs must be equal."""
     narrow = {name: narrower(a.tensors[name].dtype, b.tensors[name].dtype) for name in report.rounded}
     stored = [as_stored(source, lambda name, rows: rows.to(narrow.get(name, rows.dtype))) for source in (a, b)]
     # An error of the weights grows through the layers, but not beyond this.

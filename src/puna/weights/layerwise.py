@@ -1,6 +1,6 @@
 """The model run straight from a checkpoint, a slice of a weight at a time: logits of any size in constant memory.
 
-Proofs of a conversion need the logits of models that may not fit in memory twice, or once. Slow, the same mathematics.
+Verification needs the logits of models that may not fit in memory twice, or once. Slow; the same computation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StreamedWeight:
 def trace(
     source: Checkpoint, ids: Tensor, dtype: torch.dtype = torch.float32, *, adapt: Callable[[Llama], None] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """What the model computes for ids [B, T], layer after layer, in `dtype` on the CPU; `adapt` puts updates into it.
+    """The outputs of the model for ids [B, T], layer after layer, in `dtype` on the CPU; `adapt` adds updates to it.
 
     Gives ("model.embed_tokens", [B, T, hidden]), ("model.layers.N", [B, T, hidden]) for every layer, ("model.norm",
     [B, T, hidden]) and ("lm_head", logits [B, T, vocab]).

@@ -1,6 +1,6 @@
-"""A checkpoint with an adapter, as a checkpoint: what the adapter replaces, and the updates added to the weights.
+"""A checkpoint merged with an adapter, as a checkpoint: tensors replaced, and updates added to the weights.
 
-Sums are in float32 (float64 for a float64 base) and come out so; whoever writes or loads them rounds once.
+Sums are computed and returned in float32 (float64 for a float64 base); the writer or loader rounds once.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _logit_difference(source: Checkpoint, adapter: Adapter, merged: Checkpoint) 
 def replaced(source: Checkpoint, adapter: Adapter) -> Checkpoint:
     """`source` with the tensors that the adapter carries whole, its vocabulary and its tokenizer; without the updates.
 
-    An output layer that was tied to the embedding is a matrix of its own where the adapter makes them differ. Raises
+    An output layer that was tied to the embedding is untied where the adapter makes them differ. Raises
     UserError when the adapter is not one of this model.
     """
     config, whole = _config(source, adapter), adapter.whole
@@ -140,7 +140,7 @@ def _with_token_rows(adapter: Adapter, name: str, tensor: Tensor, info: TensorIn
 
 
 def merge(source: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """`source` with the adapter merged into it. What an update was added to is float32, or float64 as the base."""
+    """`source` with the adapter merged into it. Merged tensors are float32, or float64 like the base."""
     base = replaced(source, adapter)
     if base.config.tie_word_embeddings and "lm_head" in adapter.modules:
         base = _untied(base)

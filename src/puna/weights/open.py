@@ -13,7 +13,7 @@ from puna.weights.formats import registry
 def open_checkpoint(ref: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Opens a checkpoint by path, Hub id or alias, in whatever format it is, and checks its tensors.
 
-    Raises `UserError` when there is no such checkpoint, its format isn't known, it isn't a LLaMA, or a tensor is
+    Raises `UserError` when it doesn't exist, its format isn't known, it isn't a LLaMA, or a tensor is
     missing, unmapped or misshapen.
     """
     path = hub.resolve(ref, revision)

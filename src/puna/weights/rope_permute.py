@@ -37,5 +37,5 @@ def read_unpermuted(read: Callable[[Index | None], Tensor], head_dim: int, index
 
 
 def is_rotated(name: str) -> bool:
-    """Whether the rows of the tensor with this Hugging Face name come in a RoPE order."""
+    """Whether the rows of this tensor (Hugging Face name) have a RoPE order."""
     return name.split(".")[-2] in ("q_proj", "k_proj")

@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorShard:
-    """Where a shard lies in the whole tensor (slices with bounds and step 1), and how to read it."""
+    """The slice of the whole tensor that a shard holds (bounds and step 1), and its reader."""
 
     place: Index
     read: Callable[[], Tensor]

@@ -1,4 +1,4 @@
-"""Verifying that one checkpoint is another, stored differently: config, tensors bit by bit, tokenizer, logits."""
+"""Verification of a conversion against its source: config, tensors bit by bit, tokenizer, logits."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class VerificationError(Exception):
 
 
 def verify(source: Checkpoint, expected: Checkpoint, result: Checkpoint) -> dict[str, Any]:
-    """Compares `result`, read back, with `expected`: `source` in the numbers that were to be stored.
+    """Compares `result`, read back, with `expected`: `source` as the format stores it.
 
-    Returns what was compared, for the manifest. Raises `VerificationError` naming the first difference: what a format
-    can't hold is refused before it is written. Takes the memory of `STEP` elements of a tensor and of the probes'
+    Returns the results for the manifest. Raises `VerificationError`, naming the first difference; models that a format
+    can't hold are refused before writing. Takes the memory of `STEP` elements of a tensor and of the probes'
     activations.
     """
     if difference := config_difference(source.config, result.config):
@@ -118,7 +118,7 @@ def _logits(source: Checkpoint, ids: Tensor) -> Tensor:
 
 
 def _same_logits(source: Checkpoint, expected: Checkpoint, result: Checkpoint) -> dict[str, Any]:
-    """Logits of random ids: those of the stored numbers must be equal, how far the source's own are is reported."""
+    """Logits of random ids: those of the stored numbers must be equal, the distance of the source's own is reported."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(source.config.vocab_size, PROBE_SHAPE, generator=generator)
     original = _logits(source, ids)

@@ -1,4 +1,4 @@
-"""The record by which a checkpoint format declares itself; whatever lists, reads or writes formats reads it.
+"""`Format`, the record of a checkpoint format, from which help texts, readers and writers follow.
 
 A format's file ends in such a record and imports torch only inside functions: help texts list the formats, and must not
 wait for torch.
@@ -40,7 +40,7 @@ def _nothing(source: Checkpoint, dtype: Dtype, options: Any) -> None:
 class Format:
     """A checkpoint format.
 
-    `name`, `aliases`: what users call it. `summary`: what it looks like on disk, a noun phrase. `rope_order`: the order
+    `name`, `aliases`: for the command line. `summary`: its form on disk, a noun phrase. `rope_order`: the order
     of the rows of q and k in its files. `weight_files`: regular expressions for its weight files in a Hub
     repository, preferred first.
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # preferred first
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-# Keys of config.json beside the shape that are carried over as they are.
+# Keys of config.json beside the shape that are carried over unchanged.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -89,7 +89,7 @@ def open_hf(path: Path) -> Checkpoint:
 
 
 def open_weights(directory: Path) -> Weights:
-    """Opens the weight files of a directory, safetensors before .bin. A tensor is read when it is asked for."""
+    """Opens the weight files of a directory, safetensors before .bin. Tensors are read lazily."""
     from puna.weights.formats import safetensors_file, torch_pickle
 
     index_of, files = _weight_files(directory) or ({}, [])

@@ -107,7 +107,7 @@ def open_llama2c(path: Path) -> Checkpoint:
 
 
 def _starts(config: ModelConfig, version: int, start: int, skipped: int) -> tuple[dict[str, int], int]:
-    """Where each tensor starts, in bytes, and where the file ends. `skipped` floats stand before the output layer."""
+    """Where each tensor starts, in bytes, and where the file ends. `skipped` floats precede the output layer."""
     norms = ["input_layernorm", "post_attention_layernorm"]
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     mlp = [f"mlp.{name}_proj" for name in ("gate", "down", "up")]

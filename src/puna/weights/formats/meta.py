@@ -241,13 +241,13 @@ def _tied(tensors: dict[str, TensorInfo], read: Any, rows: int = 4096) -> bool:
     )
 
 
-def _agreed(path: Path, ours: ModelConfig, said: ModelConfig) -> ModelConfig:
-    """`said` (config.json), unless params.json and the tensors (`ours`) say otherwise of what they know."""
-    ours = dataclasses.replace(ours, max_position_embeddings=said.max_position_embeddings)
+def _agreed(path: Path, ours: ModelConfig, declared: ModelConfig) -> ModelConfig:
+    """`declared` (config.json), checked against params.json and the tensors (`ours`)."""
+    ours = dataclasses.replace(ours, max_position_embeddings=declared.max_position_embeddings)
     for field in dataclasses.fields(ModelConfig):
-        if getattr(ours, field.name) != getattr(said, field.name):
+        if getattr(ours, field.name) != getattr(declared, field.name):
             raise UserError(f"{path}: params.json and config.json disagree on {field.name}; remove the wrong one.")
-    return said
+    return declared
 
 
 FORMAT = Format(

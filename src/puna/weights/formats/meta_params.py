@@ -1,7 +1,7 @@
-"""Meta's params.json and what it means: the config.json that it stands for, and the way back.
+"""Meta's params.json and config.json, converted into each other.
 
-The keys are those of `ModelArgs` in Meta's code. What that code holds fixed, or takes from the command line, is not in
-the file: the factor of RoPE's scaling, the context length, the token ids. The published models' values stand here.
+The keys are those of `ModelArgs` in Meta's code. Constants and command-line options of that code are not in the file:
+the factor of RoPE's scaling, the context length, the token ids. The published models' values are here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def config_from(params: dict[str, Any], *, vocab_size: int, tied: bool) -> dict[
         if value is None and not needed:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or (value <= 0 and key != "vocab_size"):
-            said = f"says {key} = {value!r}" if key in params else f"has no {key}"
-            raise UserError(f"params.json {said}; take the right value from the model's source")
+            problem = f"says {key} = {value!r}" if key in params else f"has no {key}"
+            raise UserError(f"params.json {problem}; take the right value from the model's source")
     said_vocab = params.get("vocab_size") or -1
     return {
         "model_type": "llama",

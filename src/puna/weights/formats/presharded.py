@@ -138,7 +138,7 @@ def _rank_directories(folder: Path, world_size: int | None) -> list[Path]:
 
 
 def _places(name: str, shapes: list[Shape], whole: Shape | None, config: ModelConfig) -> tuple[Shape, list[Index]]:
-    """The shape that the parts make up, and where each of them lies in it; told by their shapes."""
+    """The shape of the merged tensor and the position of each part in it, determined from the parts' shapes."""
     everywhere = [tuple(slice(0, n) for n in shape) for shape in shapes]
     if whole is None or "." not in name:
         return shapes[0], everywhere
@@ -152,7 +152,7 @@ def _places(name: str, shapes: list[Shape], whole: Shape | None, config: ModelCo
 
 
 def _distinct(path: Path, name: str, parts: list[TensorShard]) -> list[TensorShard]:
-    """One part for each place, after making sure that copies of it are equal."""
+    """One part for each position, after checking that its copies are equal."""
     import torch
 
     first: dict[tuple, TensorShard] = {}

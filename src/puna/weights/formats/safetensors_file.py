@@ -57,7 +57,7 @@ class Mapped:
         """The tensor as a view of the file; don't write into it."""
         info = self.tensors[name]
         raw = self.data[self.starts[name] : self.starts[name] + info.nbytes]
-        if self.starts[name] % info.dtype.itemsize:  # old files pad their header to no multiple of 8
+        if self.starts[name] % info.dtype.itemsize:  # old files don't pad their header to a multiple of 8
             raw = raw.clone()
         return raw.view(info.dtype).view(info.shape)
 
@@ -65,7 +65,7 @@ class Mapped:
 def open_file(path: Path) -> Mapped:
     """Maps the file and checks its header: bounded, well-formed, tensors side by side up to the end of the file.
 
-    Raises `UserError` for anything else, so for a download that stopped halfway too.
+    Raises `UserError` for anything else, such as an incomplete download.
     """
     with files.open_file(path) as file:
         prefix = file.read(8)

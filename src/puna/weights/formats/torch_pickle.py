@@ -34,7 +34,7 @@ INSTEAD = "get the checkpoint as safetensors"
 
 
 class Placeholder:
-    """Stands for an object that isn't needed: takes any arguments and state, and does nothing."""
+    """Replaces an object that isn't needed: takes any arguments and state, and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> Placeholder:
         return super().__new__(cls)

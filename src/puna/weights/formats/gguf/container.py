@@ -1,9 +1,9 @@
-"""The GGUF container: header, metadata and tensor index of a memory-mapped file, with nothing in it trusted.
+"""The GGUF container: header, metadata and tensor index of a memory-mapped file, all untrusted.
 
-Every count, length and offset is held against the size of the file before it is used, so that a truncated or hostile
-file gives one sentence and costs no memory. The gguf package's own reader does neither, and makes numpy arrays of every
-string (seconds and hundreds of megabytes for a vocabulary of 128k); its tables of types and its dequantisation are used
-as they are. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Every count, length and offset is checked against the size of the file before use, so that a truncated or hostile file
+gives a one-sentence error and costs no memory. The gguf package's own reader does neither, and makes numpy arrays of
+every string (seconds and hundreds of megabytes for a vocabulary of 128k); its tables of types and its dequantisation
+are used as they are. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALIGNMENT = 32  # where general.alignment doesn't say otherwise
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?",
            UINT64: "<Q", 11: "<q", 12: "<d"}  # fmt: skip
-TENSOR_ENTRY_BYTES = 8 + 4 + 4 + 8  # the least that a tensor takes in the index: name length, dimensions, type, offset
+TENSOR_ENTRY_BYTES = 8 + 4 + 4 + 8  # minimum size in the index: name length, dimensions, type, offset
 FIELD_BYTES = 8 + 4 + 1
 
 
@@ -84,7 +84,7 @@ def read_gguf(path: Path) -> GGUFFile:
     for _ in range(field_count):
         key = cursor.name()
         if key in metadata:
-            cursor.fail(f"metadata key {key} stands in it twice")
+            cursor.fail(f"metadata key {key} is in it twice")
         metadata[key] = cursor.value(cursor.scalar(UINT32))
 
     entries = [_tensor_entry(cursor) for _ in range(tensor_count)]
@@ -96,7 +96,7 @@ def read_gguf(path: Path) -> GGUFFile:
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, type_id, offset in entries:
         if name in tensors:
-            cursor.fail(f"tensor {name} stands in it twice")
+            cursor.fail(f"tensor {name} is in it twice")
         tensors[name] = _tensor(cursor, name, shape, type_id, start + offset)
     return GGUFFile(path, version, metadata, tensors)
 
@@ -182,7 +182,7 @@ def _tensor(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, of
 
 
 class _Cursor:
-    """Reads a mapped file front to back and refuses to leave it."""
+    """Reads a mapped file front to back, within its bounds."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset = path, 0
@@ -204,7 +204,7 @@ class _Cursor:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def count(self, least: int, of: str) -> int:
-        """A count of things that take at least `least` bytes each, which must fit the rest of the file."""
+        """A count of items of at least `least` bytes each, checked against the rest of the file."""
         number = self.scalar(UINT64)
         if number > (self.size - self.offset) // least:
             self.fail(f"it says that it has {number:,} {of}")

@@ -55,7 +55,7 @@ ROPE_KEYS = {"dimension_count", "freq_base", "freq_base_swa", "scale_linear", "s
              "scaling.yarn_beta_slow"}  # fmt: skip
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 UNUSED = 5  # token type
-SCALING_KEY = "puna.rope_scaling"  # ours: the settings that `rope_freqs.weight` was computed from, as JSON
+SCALING_KEY = "puna.rope_scaling"  # puna's own: the settings behind `rope_freqs.weight`, as JSON
 
 
 def hf_name(name: str) -> str:
@@ -151,7 +151,7 @@ def config_from(
 
 def _scaling(path: Path, metadata: dict[str, Any]) -> tuple[str, float]:
     """Type and factor of the RoPE scaling. llama.cpp's rules: the type defaults to linear; a factor that is absent or 0
-    is 1; files of 2023 name it `rope.scale_linear`; under type none it doesn't count."""
+    is 1; files of 2023 name it `rope.scale_linear`; under type none it is ignored."""
     kind = metadata.get("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise UserError(f"{path} asks for RoPE scaling {kind!r}, which puna doesn't implement.")
@@ -225,8 +225,8 @@ def unpadded(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """What llama3 scaling divides each rope frequency by, float32 [head_dim / 2]: 1 for short waves, `factor` for long
-    ones, interpolated between."""
+    """The divisors of RoPE frequencies under llama3 scaling, float32 [head_dim / 2]: 1 for short waves, `factor` for
+    long ones, interpolated between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * _turns_per_token(theta, head_dim)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
@@ -249,8 +249,8 @@ def _llama3_scaling(path: Path, divisors: np.ndarray, theta: float, named: str |
     settings = [dict(zip(LLAMA3_KEYS, candidate, strict=True)) for candidate in candidates]
     try:
         if named is not None:
-            said = json.loads(named)
-            settings.insert(0, {key: type(value)(said[key]) for key, value in settings[0].items()})
+            stored = json.loads(named)
+            settings.insert(0, {key: type(value)(stored[key]) for key, value in settings[0].items()})
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, its {SCALING_KEY} does not hold the settings of a RoPE scaling.") from None
     for setting in settings:

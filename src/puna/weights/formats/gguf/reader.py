@@ -108,7 +108,7 @@ def _vector(tensor: GGUFTensor) -> np.ndarray:
 
 
 def _dtype(tensor: GGUFTensor, main: torch.dtype) -> torch.dtype:
-    """What a tensor is read as.
+    """The dtype that a tensor is read as.
 
     llama.cpp wants vectors in float32 whatever the matrices are; one that loses nothing by it is read back in the type
     of the matrices, where it came from.

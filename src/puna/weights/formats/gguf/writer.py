@@ -108,7 +108,7 @@ def _plan(
 
 
 def _tokenizer_fields(source: Checkpoint) -> dict[str, Any]:
-    """The `tokenizer.*` metadata, padded to the embedding, after making sure that a reader gets the same tokenizer."""
+    """The `tokenizer.*` metadata, padded to the embedding, after checking that a reader gets the same tokenizer."""
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(

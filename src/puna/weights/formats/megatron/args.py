@@ -1,4 +1,4 @@
-"""Megatron's arguments and config.json's: what a LLaMA is, said in both."""
+"""Megatron's arguments and config.json of a LLaMA, converted into each other."""
 
 from __future__ import annotations
 
@@ -27,48 +27,54 @@ FIXED: dict[str, tuple[Any, ...]] = {
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def config_from(path: Path, said: Mapping[str, Any], *, rows: int, tokens: int | None) -> dict[str, Any]:
-    """The config.json of what the arguments describe. Raises `UserError` for what is missing or no LLaMA.
+def config_from(path: Path, arguments: Mapping[str, Any], *, rows: int, tokens: int | None) -> dict[str, Any]:
+    """The config.json for the arguments. Raises `UserError` for missing ones, and if the model isn't a LLaMA.
 
     `rows` of the embedding, padding included; `tokens` of the tokenizer, where there is one.
     """
-    if missing := [name for name in NEEDED if not said.get(name)]:
+    if missing := [name for name in NEEDED if not arguments.get(name)]:
         raise UserError(
             f"{path} doesn't say what model it is: there is no config.json beside it, and its files"
-            f" {'lack ' + ', '.join(missing) if said else 'carry no arguments'}; put the model's config.json"
+            f" {'lack ' + ', '.join(missing) if arguments else 'carry no arguments'}; put the model's config.json"
             " (and tokenizer files) into that directory"
         )
     for name, allowed in FIXED.items():
-        if name in said and said[name] not in allowed:
-            raise UserError(f"{path} was trained with {name}={said[name]!r}, which is no LLaMA that puna implements")
+        if name in arguments and arguments[name] not in allowed:
+            raise UserError(
+                f"{path} was trained with {name}={arguments[name]!r}, which is no LLaMA that puna implements"
+            )
     for name in SIZES:
-        if not isinstance(said.get(name) or 1, int):
-            raise UserError(f"{path} says {name}={said[name]!r}, which is no number of anything")
-    heads = said["num_attention_heads"]
-    groups = said.get("num_query_groups") if said.get("group_query_attention") else heads
+        if not isinstance(arguments.get(name) or 1, int):
+            raise UserError(f"{path} says {name}={arguments[name]!r}, which is no number of anything")
+    heads = arguments["num_attention_heads"]
+    groups = arguments.get("num_query_groups") if arguments.get("group_query_attention") else heads
     scaling = None
-    if said.get("use_rope_scaling"):
-        scaling = {"rope_type": "llama3", "factor": float(said.get("rope_scaling_factor") or 8.0), **LLAMA3_SCALING}
-    elif said.get("rotary_seq_len_interpolation_factor"):
-        scaling = {"rope_type": "linear", "factor": float(said["rotary_seq_len_interpolation_factor"])}
-    bias = bool(said.get("add_bias_linear"))
-    if said.get("add_qkv_bias") and not bias:
+    if arguments.get("use_rope_scaling"):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(arguments.get("rope_scaling_factor") or 8.0),
+            **LLAMA3_SCALING,
+        }
+    elif arguments.get("rotary_seq_len_interpolation_factor"):
+        scaling = {"rope_type": "linear", "factor": float(arguments["rotary_seq_len_interpolation_factor"])}
+    bias = bool(arguments.get("add_bias_linear"))
+    if arguments.get("add_qkv_bias") and not bias:
         raise UserError(f"{path} was trained with add_qkv_bias alone; a LLaMA has biases on all of attention or none")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": min(said.get("vocab_size") or tokens or rows, rows),
-        "hidden_size": said["hidden_size"],
-        "intermediate_size": said["ffn_hidden_size"],
-        "num_hidden_layers": said["num_layers"],
+        "vocab_size": min(arguments.get("vocab_size") or tokens or rows, rows),
+        "hidden_size": arguments["hidden_size"],
+        "intermediate_size": arguments["ffn_hidden_size"],
+        "num_hidden_layers": arguments["num_layers"],
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "head_dim": said.get("kv_channels") or said["hidden_size"] // heads,
-        "rms_norm_eps": float(said.get("norm_epsilon") or said.get("layernorm_epsilon") or 1e-5),
-        "max_position_embeddings": said.get("max_position_embeddings") or said.get("seq_length") or 2048,
-        "rope_theta": float(said.get("rotary_base") or 10000.0),
+        "head_dim": arguments.get("kv_channels") or arguments["hidden_size"] // heads,
+        "rms_norm_eps": float(arguments.get("norm_epsilon") or arguments.get("layernorm_epsilon") or 1e-5),
+        "max_position_embeddings": arguments.get("max_position_embeddings") or arguments.get("seq_length") or 2048,
+        "rope_theta": float(arguments.get("rotary_base") or 10000.0),
         "rope_scaling": scaling,
-        "tie_word_embeddings": not said.get("untie_embeddings_and_output_weights", False),
+        "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
         "attention_bias": bias,
         "mlp_bias": bias,
     }
@@ -76,7 +82,7 @@ def config_from(path: Path, said: Mapping[str, Any], *, rows: int, tokens: int |
 
 def args_from(config: ModelConfig, *, tp: int, pp: int, multiple: int, vocab: int, dtype: Any) -> argparse.Namespace:
     """The arguments that Megatron-LM compares with its own, and `--use-checkpoint-args` reads. Raises `UserError` for
-    what they have no word for."""
+    a model that they can't express."""
     scaling = dict(config.rope_scaling or {})
     kind = scaling.pop("rope_type", None)
     factor = scaling.pop("factor", None)

@@ -1,8 +1,8 @@
 """Megatron checkpoints: DIR/release/mp_rank_TT[_PPP]/model_optim_rng.pt, cut for tensor and pipeline parallelism.
 
 Read in the names of AscendSpeed (ModelLink), of Megatron-LM's former GPT model and of Megatron-core, from releases and
-from training runs in the `torch` format; written in any of the three. What the files have no word for (end tokens, chat
-template, in AscendSpeed's the architecture too) we write beside them as config.json and tokenizer files.
+from training runs in the `torch` format; written in any of the three. What the files can't express (end tokens, chat
+template, in AscendSpeed's the architecture too) is written beside them as config.json and tokenizer files.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ Roles = dict[tuple[int | None, str], Tensor]  # (layer of the stage, role) -> te
 def open_megatron(path: Path) -> Checkpoint:
     """Opens all ranks' files as one checkpoint.
 
-    What the model is says config.json beside them, else the arguments in them; how many rows of the vocabulary aren't
-    padding, the same, else the tokenizer beside them. Raises `UserError` for missing or misfitting ranks, by name.
+    The architecture is read from config.json beside them, or else from the arguments in them; the number of rows
+    without padding from the same, or else from the tokenizer beside them. Raises `UserError` for missing or misfitting
+    ranks, by name.
     """
     files = _rank_files(path)
     tp, pp = len(files), len(files[0])
     states = [[_load(file) for file in stages] for stages in files]
-    said = _arguments(states[0][0])
-    _check_sizes(path, said, tp, pp)
+    arguments = _arguments(states[0][0])
+    _check_sizes(path, arguments, tp, pp)
     # A stage with virtual ones holds model0, model1 ...; the model goes through all stages' first ones, then the second
     virtual = [name for name in ("model", *(f"model{n}" for n in range(64))) if name in states[0][0]]
     stages = [[_roles(files[rank][stage], states[rank][stage], name) for rank in range(tp)]
@@ -72,7 +73,7 @@ def open_megatron(path: Path) -> Checkpoint:
         hf_config = read_json(home / "config.json")
     else:
         own = tokenizer()
-        hf_config = config_from(path, said, rows=vocab, tokens=own.vocab_size if own else None)
+        hf_config = config_from(path, arguments, rows=vocab, tokens=own.vocab_size if own else None)
         if pp == 1 and (None, "output.weight") in stages[-1][0]:
             hf_config["tie_word_embeddings"] = False
     config = ModelConfig.from_hf(hf_config)
@@ -165,7 +166,7 @@ def write_megatron(
 
 
 def _stage(cut: MegatronLayout, rank: int, stage: int, pp: int) -> dict[tuple[int | None, str], RankTensor]:
-    """What a rank holds in an evenly cut stage."""
+    """The tensors of a rank in an evenly split stage."""
     here = cut.config.num_hidden_layers // pp
     found: dict[tuple[int | None, str], RankTensor] = {}
     for layer in range(here):
@@ -241,14 +242,14 @@ def _file(folder: Path) -> Path:
     raise UserError(f"{folder} lacks {FILES[0]}; fetch it again")
 
 
-def _check_sizes(path: Path, said: dict[str, Any], tp: int, pp: int) -> None:
+def _check_sizes(path: Path, arguments: dict[str, Any], tp: int, pp: int) -> None:
     for what, name, there in (
         ("tensor", "tensor_model_parallel_size", tp),
         ("pipeline", "pipeline_model_parallel_size", pp),
     ):
-        if said.get(name) not in (None, there):
+        if arguments.get(name) not in (None, there):
             raise UserError(
-                f"{path} was saved by {said[name]} {what}-parallel ranks, as its files say, and has {there}:"
+                f"{path} was saved by {arguments[name]} {what}-parallel ranks, as its files say, and has {there}:"
                 " it isn't whole, or ranks of several checkpoints lie in it"
             )
 
@@ -264,7 +265,7 @@ def _roles(file: Path, state: dict[str, Any], name: str) -> Roles:
         if place is None or tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise UserError(f"{file} holds {key}, which is no tensor")
+            raise UserError(f"{file} holds {key}, which is not a tensor")
         found[place] = tensor
     if (0, "up.weight") in found and (0, "gate.weight") not in found:  # Megatron-LM's name for gate and up in one
         found = {(layer, role.replace("up.", "gate_up.") if role.startswith("up.") else role): tensor
@@ -304,7 +305,7 @@ def _assembled(
 
 
 def _add(path: Path, known: list[sharded.TensorShard], piece: Slice, tensor: Tensor, role: str) -> None:
-    """Notes where a piece of a tensor is; of copies, which must be equal, the first."""
+    """Records the position of a slice of a tensor; of copies, which must be equal, the first."""
     same = next((part for part in known if part.place == piece.there), None)
     if same is None:
         known.append(sharded.TensorShard(piece.there, partial(tensor.__getitem__, piece.here)))

@@ -1,8 +1,8 @@
-"""What stands where in a Megatron checkpoint: the names of three generations, and each rank's part of every tensor.
+"""The layout of Megatron checkpoints: the names of three generations, and each rank's slices of every tensor.
 
 One description serves both ways: a rank's tensor is made up of pieces, rows or columns of Hugging Face's tensors. q, k
 and v lie in one matrix, per key/value head its query heads, then it (Megatron's `num_query_groups`); gate and up too,
-except in AscendSpeed's plain form. The vocabulary is padded to a multiple of the ranks; RoPE rotates halves, as here.
+except in AscendSpeed's plain form. The vocabulary is padded to a multiple of the ranks; RoPE is rotate-half, as here.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Slice:
     name: str
     here: Index
     there: Index
-    padding: bool = False  # rows that repeat others, so that the vocabulary gets a fitting size
+    padding: bool = False  # copies of other rows that pad the vocabulary
 
 
 @dataclass(frozen=True)
 class RankTensor:
-    """A rank's tensor: its shape and what it is made up of."""
+    """A rank's tensor: its shape and the slices that it is made of."""
 
     shape: Shape
     pieces: tuple[Slice, ...]
@@ -78,7 +78,7 @@ class RankTensor:
 
 @dataclass(frozen=True)
 class MegatronLayout:
-    """How a model is cut: for `tp` ranks, with `vocab` rows of the padded embedding, gate and up `fused` or apart."""
+    """The split of a model over `tp` ranks, with `vocab` rows of the padded embedding, gate and up `fused` or apart."""
 
     config: ModelConfig
     tp: int
@@ -177,7 +177,7 @@ class MegatronLayout:
 
 
 def padded_vocab(size: int, multiple: int, tp: int) -> int:
-    """Rows of the embedding: the least multiple of `multiple` x `tp` that `size` tokens fit into."""
+    """Rows of the embedding: the smallest multiple of `multiple` x `tp` that holds `size` tokens."""
     if multiple < 1:
         raise UserError("the vocabulary can be made divisible by a number above 0 only")
     return -(-size // (multiple * tp)) * multiple * tp
