@@ -166,15 +166,15 @@ def load_weights(
     """Replace each meta parameter by its tensor."""
     rank, size = (tp.rank, tp.size) if tp else (0, 1)
     for name, shape in track(model.config.tensors().items(), "Loading weights", unit="tensors", quiet=quiet):
-        owner, _, kind = name.removeprefix("model.").rpartition(".")
+        owner, _, attribute = name.removeprefix("model.").rpartition(".")
         module, index = model.get_submodule(owner), tp_slice(name, shape, model.config, rank, size)
-        if isinstance(module, Linear) and isinstance(module.scheme, QuantScheme) and kind == "weight":
+        if isinstance(module, Linear) and isinstance(module.scheme, QuantScheme) and attribute == "weight":
             _store(module, module.scheme, _packed(module.scheme, name, shape, index, read, device))
             continue
         # A copy even where nothing is converted: the reader may have given a view of the file, which is closed soon.
         tensor = read(name, index).to(device, dtype, copy=True).contiguous()
-        _check_shape(name, tensor, getattr(module, kind).shape)
-        setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+        _check_shape(name, tensor, getattr(module, attribute).shape)
+        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
     model.tie()
 
 

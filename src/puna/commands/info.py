@@ -89,8 +89,8 @@ def _manifest(manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return ""
     source = manifest.get("source") or {}
-    found = manifest.get("verification", manifest.get("proof"))  # its former name
-    verified = "verified against it" if isinstance(found, dict) else "not verified"
+    verification = manifest.get("verification", manifest.get("proof"))  # its former name
+    verified = "verified against it" if isinstance(verification, dict) else "not verified"
     return f"from {source.get('name')} ({source.get('format')}) by puna {manifest.get('puna')}, {verified}"
 
 

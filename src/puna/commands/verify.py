@@ -116,14 +116,14 @@ def _verdict(report: Report) -> str:
     return "The same model, rounded." if report.rounded else "The same model."
 
 
-def _worst_first(found: list[TensorDifference]) -> list[TensorDifference]:
-    return sorted(found, key=lambda difference: -difference.relative)
+def _worst_first(differences: list[TensorDifference]) -> list[TensorDifference]:
+    return sorted(differences, key=lambda difference: -difference.relative)
 
 
-def _difference(found: TensorDifference) -> str:
+def _difference(difference: TensorDifference) -> str:
     return (
-        f"{found.name}: relative difference {found.relative:.2g}, largest {found.max_difference:.2g},"
-        f" {found.unequal:.1%} of its elements"
+        f"{difference.name}: relative difference {difference.relative:.2g}, largest {difference.max_difference:.2g},"
+        f" {difference.unequal:.1%} of its elements"
     )
 
 

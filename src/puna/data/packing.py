@@ -28,8 +28,10 @@ class Plan:
 
     def row(self, index: int) -> list[tuple[int, int, int]]:
         """(doc, start, size) of each piece in a row."""
-        part = slice(int(self.bounds[index]), int(self.bounds[index + 1]))
-        return list(zip(self.doc[part].tolist(), self.start[part].tolist(), self.size[part].tolist(), strict=True))
+        pieces = slice(int(self.bounds[index]), int(self.bounds[index + 1]))
+        return list(
+            zip(self.doc[pieces].tolist(), self.start[pieces].tolist(), self.size[pieces].tolist(), strict=True)
+        )
 
 
 def split(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -59,9 +61,9 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> Plan:
     for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         todo, length = order[first:last], int(size[order[first]])
         while len(todo):
-            at = bisect_left(free, length)
-            if at < len(free):
-                space = free.pop(at)
+            index = bisect_left(free, length)
+            if index < len(free):
+                space = free.pop(index)
                 groups = rows_by_free.pop(space)
                 targets = groups[0] if len(groups) == 1 else np.concatenate(groups)
             else:
@@ -98,11 +100,11 @@ def concatenate(lengths: np.ndarray, capacity: int, seed: int) -> Plan:
     begins = np.concatenate([[0], cuts[:-1]]) if len(cuts) else cuts
     keep = cuts > begins
     begins, cuts = begins[keep], cuts[keep]
-    place = np.searchsorted(ends, begins, side="right")
-    start = begins - (ends[place] - lengths[order[place]])
+    document = np.searchsorted(ends, begins, side="right")
+    start = begins - (ends[document] - lengths[order[document]])
     row = begins // capacity
     bounds = np.searchsorted(row, np.arange(-(-total // capacity) + 1))
-    return Plan(order[place], start, (cuts - begins).astype(np.int32), bounds)
+    return Plan(order[document], start, (cuts - begins).astype(np.int32), bounds)
 
 
 def one_each(lengths: np.ndarray, capacity: int, seed: int) -> Plan:

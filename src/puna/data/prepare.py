@@ -69,26 +69,26 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.tokenizer, options.template)
     with staging(out) as folder:
         recovered = complete_publication(folder, out)
-        found = find(options.src, subset=options.subset, split=options.split, revision=options.revision)
-        name, documents = _choose(options, found)
+        inputs = find(options.src, subset=options.subset, split=options.split, revision=options.revision)
+        name, documents = _choose(options, inputs)
         encoder = LabelEncoder(
             tokenizer, options.loss, options.append_eos, options.template_values, options.special_tokens
         )
         job = Job(encoder, name, options.text_field, options.validation)
-        _check(job, found, documents)
-        facts = _facts(job, found, documents)
+        _check(job, inputs, documents)
+        facts = _facts(job, inputs, documents)
         if recovered and recovered["identity"] == identity_of(facts):
             print("completed the preparation that was killed while its files were moved into place", file=sys.stderr)
             metadata: dict[str, Any] = recovered["metadata"]
             return metadata
         _check_free(out, options.overwrite)
-        return _run(options, job, found, documents, facts, folder)
+        return _run(options, job, inputs, documents, facts, folder)
 
 
 def _run(
     options: PrepareOptions,
     job: Job,
-    found: list[Source],
+    inputs: list[Source],
     documents: sources.Documents,
     facts: dict[str, Any],
     folder: Path,
@@ -100,7 +100,7 @@ def _run(
     else:
         encoded = encoded_here
     with Output(options, job, facts, folder) as output:
-        work = encoded(job, found, documents, cores, output.stats.chunks)
+        work = encoded(job, inputs, documents, cores, output.stats.chunks)
         with meter("Preparing", unit="tok") as advance, closing(work):
             for source, result in work:
                 output.add(source, result)
@@ -109,9 +109,9 @@ def _run(
         if not stats.counts:
             reasons = "; ".join(_rejections(stats)[:3])
             raise UserError(f"There is no sample in {', '.join(options.src)}: {reasons or 'it has no rows'}.")
-        metadata = _metadata(options, job, facts, stats, _hashes(found, cores))
+        metadata = _metadata(options, job, facts, stats, _hashes(inputs, cores))
         output.publish(metadata)
-    _report(metadata, found, stats)
+    _report(metadata, inputs, stats)
     return metadata
 
 
@@ -149,11 +149,11 @@ def load_tokenizer(ref: str, template: str | None = None) -> Tokenizer:
     return tokenizer if template is None else tokenizer.with_template(template)
 
 
-def _choose(options: PrepareOptions, found: list[Source]) -> tuple[str, sources.Documents]:
+def _choose(options: PrepareOptions, inputs: list[Source]) -> tuple[str, sources.Documents]:
     """The handler's name, and the unit of text files that is a document."""
     name = options.handler
     if name == "auto":
-        probed = next((rows for source in found if (rows := _first_rows(source, "line", 20))), [])
+        probed = next((rows for source in inputs if (rows := _first_rows(source, "line", 20))), [])
         if not probed:
             raise UserError(f"There is no readable row in {', '.join(options.src)}.")
         name = detect(probed, options.text_field)
@@ -161,7 +161,7 @@ def _choose(options: PrepareOptions, found: list[Source]) -> tuple[str, sources.
     return name, get_handler(name).documents or options.documents
 
 
-def _check(job: Job, found: list[Source], documents: sources.Documents) -> None:
+def _check(job: Job, inputs: list[Source], documents: sources.Documents) -> None:
     """Try the first rows, so that a wrong handler or template is reported at once."""
     handler, tokenizer = get_handler(job.handler, job.text_field), job.encoder.tokenizer
     if handler.kind == "text" and job.encoder.append_eos and tokenizer.eos_id is None:
@@ -172,7 +172,7 @@ def _check(job: Job, found: list[Source], documents: sources.Documents) -> None:
             f"({', '.join(BUILTIN)} or a Jinja file)."
         )
     tried = False
-    for source in found:
+    for source in inputs:
         rows = _first_rows(source, documents, PROBED)
         missing = None
         for row in rows:
@@ -198,12 +198,14 @@ def _first_rows(source: Source, documents: sources.Documents, count: int) -> lis
 
 
 def encoded_here(
-    job: Job, found: list[Source], documents: sources.Documents, workers: int, skip: int
+    job: Job, inputs: list[Source], documents: sources.Documents, workers: int, skip: int
 ) -> Generator[tuple[str, Encoded]]:
     """(source, result) of every chunk from number `skip` on, in order. No more than a few chunks are in memory."""
-    todo = islice(((source.name, chunk) for source in found for chunk in sources.chunks(source, documents)), skip, None)
-    local = [source.name for source in found if source.format != "hub"]
-    if workers == 1 or len(local) == len(found) and sum(map(os.path.getsize, local)) < SMALL:
+    todo = islice(
+        ((source.name, chunk) for source in inputs for chunk in sources.chunks(source, documents)), skip, None
+    )
+    local = [source.name for source in inputs if source.format != "hub"]
+    if workers == 1 or len(local) == len(inputs) and sum(map(os.path.getsize, local)) < SMALL:
         for name, chunk in todo:
             yield name, worker.encode_chunk(job, chunk)
         return
@@ -226,7 +228,7 @@ def encoded_here(
         pool.shutdown(cancel_futures=True)
 
 
-def _facts(job: Job, found: list[Source], documents: sources.Documents) -> dict[str, Any]:
+def _facts(job: Job, inputs: list[Source], documents: sources.Documents) -> dict[str, Any]:
     """Everything that the bytes of the output depend on."""
     tokenizer, encoder, handler = job.encoder.tokenizer, job.encoder, get_handler(job.handler)
     text = handler.kind == "text"
@@ -251,7 +253,7 @@ def _facts(job: Job, found: list[Source], documents: sources.Documents) -> dict[
             "vocab_size": tokenizer.vocab_size,
         },
         "template": template if handler.needs_template else None,
-        "sources": [_source(source) for source in found],
+        "sources": [_source(source) for source in inputs],
     }
 
 
@@ -289,9 +291,9 @@ def _rejections(stats: Stats) -> list[str]:
     ]
 
 
-def _report(metadata: dict[str, Any], found: list[Source], stats: Stats) -> None:
+def _report(metadata: dict[str, Any], inputs: list[Source], stats: Stats) -> None:
     """Print notes on skipped sources and rejected rows to stderr."""
-    for source in found:
+    for source in inputs:
         if not stats.rows.get(source.name):
             print(f"{source.name} holds no rows", file=sys.stderr)
     if metadata["validation"] and len(metadata["splits"]) == 1:
@@ -304,8 +306,8 @@ def _report(metadata: dict[str, Any], found: list[Source], stats: Stats) -> None
         print(f"note: {count:,} {note}", file=sys.stderr)
 
 
-def _hashes(found: list[Source], workers: int) -> dict[str, str]:
-    local = [source.name for source in found if source.format != "hub"]
+def _hashes(inputs: list[Source], workers: int) -> dict[str, str]:
+    local = [source.name for source in inputs if source.format != "hub"]
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(local, pool.map(sha256, local), strict=True))
 

@@ -20,7 +20,7 @@ SPANS = 16  # chunks in a task
 
 
 def encoded(
-    job: Job, found: list[Source], documents: Documents, workers: int, skip: int
+    job: Job, inputs: list[Source], documents: Documents, workers: int, skip: int
 ) -> Generator[tuple[str, Encoded]]:
     """(source, result) of every chunk, in order, without the first `skip`. Joins a cluster, or starts a local one."""
     try:
@@ -30,7 +30,7 @@ def encoded(
     if not ray.is_initialized():
         ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    tasks = [{"task": pickle.dumps(task)} for task in _tasks(found, documents)]
+    tasks = [{"task": pickle.dumps(task)} for task in _tasks(inputs, documents)]
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).flat_map(
         _Worker, fn_constructor_args=(pickle.dumps(job), documents), concurrency=(1, workers)
     )
@@ -38,8 +38,8 @@ def encoded(
         yield row["source"], pickle.loads(row["result"])
 
 
-def _tasks(found: list[Source], documents: Documents) -> Iterator[Source | list[Chunk]]:
-    for source in found:
+def _tasks(inputs: list[Source], documents: Documents) -> Iterator[Source | list[Chunk]]:
+    for source in inputs:
         if source.packed or source.format not in ("jsonl", "txt"):
             yield source
             continue
@@ -57,5 +57,7 @@ class _Worker:
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         task = pickle.loads(row["task"])
-        found = chunks(task, self.documents) if isinstance(task, Source) else task
-        return [{"source": chunk.source, "result": pickle.dumps(encode_chunk(self.job, chunk))} for chunk in found]
+        task_chunks = chunks(task, self.documents) if isinstance(task, Source) else task
+        return [
+            {"source": chunk.source, "result": pickle.dumps(encode_chunk(self.job, chunk))} for chunk in task_chunks
+        ]

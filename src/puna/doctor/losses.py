@@ -76,10 +76,10 @@ def text(report: LossReport, relative: float, absolute: float) -> str:
 
 def read_losses(path: Path) -> dict[int, float]:
     """Step -> loss of a run's folder or metrics.jsonl. Raises UserError when there is none."""
-    found = {line["step"]: float(line["loss"]) for line in read_metrics(path) if "loss" in line}
-    if not found:
+    losses = {line["step"]: float(line["loss"]) for line in read_metrics(path) if "loss" in line}
+    if not losses:
         raise UserError(f"{path} has no step with a loss yet.")
-    return found
+    return losses
 
 
 def plot(path: Path, a: dict[int, float], b: dict[int, float], report: LossReport) -> None:

@@ -164,8 +164,8 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _blocks(_wide(x), -math.inf)  # the CPU reduces bfloat16 slower than it converts it
     block = blocks.amax(-1).argmax(-1, keepdim=True)
     inner = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0]
-    place = inner.argmax(-1, keepdim=True)
-    return (block * _BLOCK + place)[:, 0], inner.gather(1, place)[:, 0]
+    offset = inner.argmax(-1, keepdim=True)
+    return (block * _BLOCK + offset)[:, 0], inner.gather(1, offset)[:, 0]
 
 
 def _adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -235,8 +235,8 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     below = torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0.0)
     inner = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
     rest = torch.minimum(target - below, torch.nextafter(inner[:, -1:], inner.new_zeros(())))
-    place = torch.searchsorted(inner, rest, right=True).clamp_(max=_BLOCK - 1)
-    return (block * _BLOCK + place)[:, 0]
+    offset = torch.searchsorted(inner, rest, right=True).clamp_(max=_BLOCK - 1)
+    return (block * _BLOCK + offset)[:, 0]
 
 
 def _filter(scores: Tensor, rows: Sequence[Row], keep: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -99,8 +99,10 @@ class ModelConfig:
         """Read a config.json. Raises UserError, naming the key, for what is missing or not implemented."""
         model_type = config.get("model_type")
         if model_type != "llama":
-            found = f"model_type {model_type!r}" if model_type else f"architectures {config.get('architectures')}"
-            raise UserError(f"config.json has {found}; puna implements model_type 'llama' only.")
+            architecture = (
+                f"model_type {model_type!r}" if model_type else f"architectures {config.get('architectures')}"
+            )
+            raise UserError(f"config.json has {architecture}; puna implements model_type 'llama' only.")
         for key in NEEDED:
             if config.get(key) is None:
                 raise UserError(f"config.json lacks {key!r}, which every LLaMA needs; take it from the model's source.")

@@ -67,12 +67,12 @@ def saved(config: ModelConfig, options: LoraOptions) -> list[str]:
 def lora_tensors(config: ModelConfig, options: LoraOptions) -> dict[str, tuple[int, ...]]:
     """Every tensor of the updates: name -> whole shape, A [r, in] and B [out, r] of each adapted layer."""
     shapes = config.tensors() | {"lm_head.weight": (config.vocab_size, config.hidden_size)}
-    found: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, tuple[int, ...]] = {}
     for module in adapted(config, options):
         rows, columns = shapes[f"{module}.weight"]
         rank = options.rank_of(module)
-        found |= {f"{module}.adapter.a": (rank, columns), f"{module}.adapter.b": (rows, rank)}
-    return found
+        tensors |= {f"{module}.adapter.a": (rank, columns), f"{module}.adapter.b": (rows, rank)}
+    return tensors
 
 
 def initial(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,14 +116,14 @@ def select(patterns: Iterable[str], names: list[str], what: str) -> list[str]:
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            found = [name for name in names if matches(pattern, name)]
+            matching = [name for name in names if matches(pattern, name)]
         except re.error as error:
             raise UserError(f"{pattern!r} is neither a {what} nor a regular expression: {error}.") from None
-        if not found:
+        if not matching:
             short = dict.fromkeys(name.split(".")[-1] for name in names)
             hint = nearest(pattern, [*short, *names]) or f"; there are {', '.join(short)}."
             raise UserError(f"the model has no {what} {pattern!r}{hint}")
-        chosen.update(found)
+        chosen.update(matching)
     return [name for name in names if name in chosen]
 
 

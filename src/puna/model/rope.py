@@ -22,17 +22,17 @@ def rope_frequencies(config: ModelConfig, length: int | None = None) -> tuple[Te
     """
     dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
-    if kind == "dynamic":
+    rope_type, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
+    if rope_type == "dynamic":
         trained = config.max_position_embeddings
         stretch = factor * max(length or 0, trained) / trained - (factor - 1)
         return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponent, 1.0
     frequencies = 1.0 / theta**exponent
-    if kind == "linear":
+    if rope_type == "linear":
         return frequencies / factor, 1.0
-    if kind == "llama3":
+    if rope_type == "llama3":
         return _llama3(frequencies, scaling), 1.0
-    if kind == "yarn":
+    if rope_type == "yarn":
         return _yarn(frequencies, config), _yarn_attention_factor(scaling)
     return frequencies, 1.0
 

@@ -101,9 +101,9 @@ class TensorParallel:
 
     def all_reduce_min(self, value: int) -> int:
         """The smallest value of any rank."""
-        box = torch.tensor(value)
-        self._run(dist.all_reduce, box, dist.ReduceOp.MIN, group=self.control)
-        return int(box)
+        smallest = torch.tensor(value)
+        self._run(dist.all_reduce, smallest, dist.ReduceOp.MIN, group=self.control)
+        return int(smallest)
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:

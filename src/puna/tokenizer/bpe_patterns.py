@@ -118,13 +118,13 @@ NFC = {"qwen2"}  # GGUF has no field for the normalizer that these tokenizers ha
 
 def pre_name(backend: tokenizers.Tokenizer) -> str | None:
     """The GGUF name of a byte-level tokenizer's pre-tokenizer, None where llama.cpp has no equal."""
-    found = patterns(backend)
+    expressions = patterns(backend)
     normalizers = {step["type"] for step in flatten(backend.normalizer, "normalizers")}
     ignores_merges = bool(getattr(backend.model, "ignore_merges", False))
-    names = [name for name, expected in PRE.items() if expected == found]
-    if not names and found and found[-1] == DIGIT and not _joins_digits(backend):
+    names = [name for name, expected in PRE.items() if expected == expressions]
+    if not names and expressions and expressions[-1] == DIGIT and not _joins_digits(backend):
         # DeepSeek LLM's own file takes digits one by one, llama.cpp all in a row: the same where no token joins two.
-        names = [name for name, expected in PRE.items() if expected == (*found[:-1], DIGITS)]
+        names = [name for name, expected in PRE.items() if expected == (*expressions[:-1], DIGITS)]
     names = [name for name in names if normalizers == ({"NFC"} if name in NFC else set())]
     exact = [name for name in names if (name in IGNORE_MERGES) == ignores_merges]
     if exact == names or not names:

@@ -212,18 +212,18 @@ def _templates(folder: Path, config: dict[str, Any], files: dict[str, bytes]) ->
     """The chat templates by name. A .jinja file comes before tokenizer_config.json, as in transformers."""
     value = config.get("chat_template")
     if isinstance(value, str):
-        found = {"default": value}
+        templates = {"default": value}
     else:
-        found = {entry["name"]: entry["template"] for entry in value or []}
+        templates = {entry["name"]: entry["template"] for entry in value or []}
     paths = [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
     for path in (path for path in paths if path.is_file()):
         name = "default" if path.parent == folder else path.stem
         files[str(path.relative_to(folder))] = data = read_bytes(path)
         try:
-            found[name] = data.decode()
+            templates[name] = data.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text; fetch it again.") from error
-    return found
+    return templates
 
 
 def write_directory(spec: TokenizerSpec, folder: Path) -> None:

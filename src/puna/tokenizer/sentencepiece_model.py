@@ -80,14 +80,14 @@ def read_spm(path: str | Path, *, legacy: bool = True, prefix_space: bool | None
 
 def read_llama2c(path: str | Path) -> TokenizerSpec:
     """Read llama2.c's tokenizer: an int32 (longest piece), then per piece float32 score, int32 length, UTF-8 bytes."""
-    data, pieces, at = read_bytes(Path(path)), list[Piece](), 4
+    data, pieces, offset = read_bytes(Path(path)), list[Piece](), 4
     try:
-        while at < len(data):
-            score, length = struct.unpack_from("<fi", data, at)
-            at += 8 + length
-            if not 0 <= length <= len(data) or at > len(data):
+        while offset < len(data):
+            score, length = struct.unpack_from("<fi", data, offset)
+            offset += 8 + length
+            if not 0 <= length <= len(data) or offset > len(data):
                 raise ValueError
-            pieces.append(_llama2c_piece(len(pieces), data[at - length : at].decode(), score))
+            pieces.append(_llama2c_piece(len(pieces), data[offset - length : offset].decode(), score))
     except (struct.error, ValueError) as error:
         raise UserError(f"{path} is not a whole llama2.c tokenizer; fetch it again.") from error
     if len(pieces) < 259:
@@ -188,13 +188,13 @@ def _isolate(model: models.BPE, vocab: dict[str, int], pieces: list[str]) -> lis
 def merges(pieces: list[Piece], types: Collection[int] = (NORMAL,)) -> list[tuple[str, str]]:
     """The merge list that orders pairs as the scores do; the pairs of one piece are in the order of their ids."""
     ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type in types}
-    found = []
+    ranked = []
     for text, index in ids.items():
         pairs = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in ids and text[i:] in ids]
         pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        found += [(pieces[index].score, *pair) for pair in pairs]
-    found.sort(key=lambda merge: merge[0], reverse=True)  # stable, so this is the list in Llama 2's own tokenizer.json
-    return [(left, right) for _, left, right in found]
+        ranked += [(pieces[index].score, *pair) for pair in pairs]
+    ranked.sort(key=lambda merge: merge[0], reverse=True)  # stable, so this is the list in Llama 2's own tokenizer.json
+    return [(left, right) for _, left, right in ranked]
 
 
 def unused_as(pieces: list[Piece]) -> dict[int, list[int]]:
@@ -235,11 +235,11 @@ def scores(vocab: dict[str, int], pairs: list[tuple[str, str]], special: set[str
     order: dict[str, float] = {}
     last = None
     for left, right in pairs:
-        whole = left + right
-        if whole in order and whole != last:
+        merged = left + right
+        if merged in order and merged != last:
             raise _no_scores()
-        last = whole
-        order.setdefault(whole, -float(len(order)))
+        last = merged
+        order.setdefault(merged, -float(len(order)))
     known = set(pairs)
     ordinary = {text for text in vocab if text not in special and not BYTE_PIECE.fullmatch(text)}
     for text in ordinary:
@@ -276,14 +276,14 @@ def _parse(data: bytes) -> tuple[list[Piece], dict[int, int | bytes | float], di
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes | float]]:
     """The (number, value) pairs of a protobuf message: varints, 32- and 64-bit values, and length-delimited bytes."""
-    at = 0
+    offset = 0
 
     def varint() -> int:
-        nonlocal at
+        nonlocal offset
         value = shift = 0
         while True:
-            byte = data[at]
-            at += 1
+            byte = data[offset]
+            offset += 1
             value |= (byte & 127) << shift
             shift += 7
             if byte < 128:
@@ -291,20 +291,20 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes | float]]:
             if shift > 63:
                 raise ValueError
 
-    while at < len(data):
+    while offset < len(data):
         key = varint()
         value: int | bytes | float
         match key & 7:
             case 0:
                 value = varint()
             case 1:
-                (value,), at = struct.unpack_from("<d", data, at), at + 8
+                (value,), offset = struct.unpack_from("<d", data, offset), offset + 8
             case 5:
-                (value,), at = struct.unpack_from("<f", data, at), at + 4
+                (value,), offset = struct.unpack_from("<f", data, offset), offset + 4
             case 2:
                 length = varint()
-                value, at = data[at : at + length], at + length
-                if at > len(data):
+                value, offset = data[offset : offset + length], offset + length
+                if offset > len(data):
                     raise ValueError
             case _:
                 raise ValueError

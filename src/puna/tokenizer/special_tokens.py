@@ -85,13 +85,13 @@ class SpecialSpellings:
 
     def encode(self, text: str, guards: Collection[int]) -> tuple[list[int], Offsets]:
         """Ids and offsets of a text, without BOS and EOS. A special token that spans a guard is plain text."""
-        found = list(self.occurrences(text, guards))
-        if all(counts for _, _, counts in found):
+        matches = list(self.occurrences(text, guards))
+        if all(counts for _, _, counts in matches):
             encoding = self._backend.encode(text, add_special_tokens=False)
             return encoding.ids, encoding.offsets
         secret, backend, ids = self._renamed
         parts, moved, last = [], list[int](), 0
-        for start, end, counts in found:
+        for start, end, counts in matches:
             if counts:
                 parts += [text[last:start], secret, text[start:end]]
                 moved.append(start + len(secret) * len(moved))

@@ -153,7 +153,7 @@ class CheckpointManager:
         """
         if self.rank == 0:
             names = []
-            for number in sorted(found for found in self._steps() if found > step):
+            for number in sorted(later for later in self._steps() if later > step):
                 target = self.folder / f"retired-{number:08d}"
                 copy = 1
                 while target.exists():

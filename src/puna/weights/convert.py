@@ -239,8 +239,8 @@ def _manifest(
 
 def _place(file: Path, base: Path) -> str:
     """The name of a source's file in the manifest: from its directory on, or, of a file far from it, its own."""
-    place = Path(os.path.relpath(file, base))
-    return str(Path(file.parent.name, file.name) if place.parts[:2] == ("..", "..") else place)
+    relative = Path(os.path.relpath(file, base))
+    return str(Path(file.parent.name, file.name) if relative.parts[:2] == ("..", "..") else relative)
 
 
 def _version() -> str:
