@@ -66,8 +66,6 @@ def pair(config, dtype, **options):
     """The model on the GPU in `dtype`, and the same weights on the CPU in float64."""
     exact = random_model(config, torch.float64, **options)
     fast = copy.deepcopy(exact).to("cuda", dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        fast.residual_dtype = torch.float32
     return fast, exact
 
 
@@ -86,7 +84,6 @@ def test_float32_logits_equal_the_cpus(name):
 def test_half_precision_is_as_exact_as_on_the_cpu(dtype):
     fast, exact = pair(BASE, dtype)
     slow = random_model(BASE, torch.float64).to(dtype)
-    slow.residual_dtype = torch.float32
     errors = []
     for _ in range(4):
         ids = torch.randint(0, 320, (2, 65))
