@@ -1,9 +1,13 @@
 """int8: its formula in float64, its kernel against it, and whole models: fused, beside LoRA, at its stated price."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import int8_ranks
+from launching import launch
 from puna.kernels.int8_linear import int8_linear, int8_linear_works
 from puna.model.attention import causal
 from puna.model.linear import Linear
@@ -110,6 +114,17 @@ def test_lora_beside_it():
         weight = unpack(INT8.tensors(merged), torch.float64) + 0.1 * b @ a
         merged.scheme, merged.kernel = None, lambda x, linear, weight=weight: F.linear(x, weight)
     assert (logits(model, ids) - logits(twin, ids)).abs().max() < 1e-12
+
+
+@pytest.mark.slow
+def test_smollm2_over_three_ranks(smollm2, tmp_path):
+    """Nine heads over three ranks: the logits of one process, but for the order of float32 sums."""
+    for rank in launch(3, Path(__file__).parents[1] / "int8_ranks.py", smollm2, tmp_path):
+        assert rank.code == 0, rank.err
+    with open_checkpoint(smollm2) as checkpoint:
+        expected = int8_ranks.logits(checkpoint)
+    for rank in range(3):
+        assert (torch.load(tmp_path / f"{rank}.pt") - expected).abs().max() < 1e-3
 
 
 @pytest.mark.slow
