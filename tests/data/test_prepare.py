@@ -125,6 +125,19 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, tokenizer, small, name
     assert seen[0] == seen[1] and len(seen[0]) == 9
 
 
+@pytest.mark.slow
+def test_workers_take_special_tokens_for_plain_text_too(tmp_path, tokenizer, small):
+    loaded = Tokenizer.load(tokenizer)
+    text = "The puna{0} is {0}high.{0}".format(loaded.token(loaded.eos_id))
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(100)))
+    seen = []
+    for workers in (1, 2):
+        out = tmp_path / f"w{workers}"
+        run(options(tmp_path, tmp_path / "texts.jsonl", tokenizer, workers=workers, out=out / "P", validation=0.0))
+        seen.append(files(out))
+    assert seen[0] == seen[1]
+
+
 def test_a_preference_has_four_stores(tmp_path, tokenizer):
     rows = [{"prompt": f"Ask {i}", "chosen": "Good.", "rejected": "Bad, bad."} for i in range(5)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import pickle
 import shutil
 import struct
 from pathlib import Path
@@ -569,6 +570,23 @@ def test_a_decoder_of_another_family_is_refused_at_once(made, tmp_path):
     backend.save(str(tmp_path / "hf/tokenizer.json"))
     with pytest.raises(UserError, match="decoder .WordPiece. is not one"):
         Tokenizer.load(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickled_tokenizer_gives_the_same_ids(made, kind):
+    """A worker process gets it pickled, and after its use: special tokens in plain text stay plain text there."""
+    tokenizer = make(made, kind)
+    ends = tokenizer.token(tokenizer.stop_ids[0]) if tokenizer.stop_ids else "</s>"
+    text = "".join(AWKWARD) + f"The puna {ends}is{ends} high.{ends}"
+
+    def ids(used):
+        guarded = used.encode_offsets(text, guards=[text.index(ends) + 1])
+        return used.encode_plain([text]), used.encode(text), used.encode(text, special=False), guarded, used.stop_ids
+
+    before = ids(tokenizer)
+    received = pickle.loads(pickle.dumps(tokenizer))
+    assert ids(received) == before and received.fingerprint() == tokenizer.fingerprint()
+    assert received.decode(before[1]) == tokenizer.decode(before[1])
 
 
 def test_bad_requests_are_refused(made):

@@ -49,6 +49,10 @@ class Tokenizer:
         self.template_name = spec.template_name if spec.templates else None
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[TokenizerSpec]]:
+        """Pickles what was read alone: a pickled `_plain` would lose that it takes special tokens for plain text."""
+        return type(self), (self._spec,)
+
     # Loading and saving
 
     @classmethod
