@@ -1,6 +1,7 @@
 """LoRA in training: its options, and going on from an adapter."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,6 +111,33 @@ def test_an_adapter_and_options_that_contradict_it(stores, first, tiny_checkpoin
     given = SHORT | {"lora.init": first / "adapter", "model.name": tiny_checkpoint()} | changes
     with pytest.raises(UserError, match=says):
         start(stores, tmp_path / "run", **given)
+
+
+def test_a_pattern_of_an_adapter_that_matches_nothing_is_dropped(stores, first, tiny_checkpoint, tmp_path):
+    """peft accepts it; the run's own options must not hold one."""
+    shutil.copytree(first / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    content = json.loads(file.read_text())
+    content["rank_pattern"]["query_key_value"] = 3
+    file.write_text(json.dumps(content))
+    given = SHORT | {"steps": 1, "schedule.warmup_steps": 1, "lora.init": tmp_path / "adapter"}
+    assert start(stores, tmp_path / "run", **given, **{"model.name": tiny_checkpoint()}) == 0
+    mine, theirs = tensors(tmp_path / "run/adapter"), tensors(first / "adapter")
+    assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"alpha": 8}, {"dropout": 0.1}, {"rslora": "true"}, {"targets": "q_proj"}, {"modules_to_save": "norm"},
+        {"rank_pattern": "{q_proj: 8}"}, {"alpha_pattern": "{q_proj: 8}"},
+    ],
+)  # fmt: skip
+def test_options_of_lora_need_a_rank(stores, tiny_checkpoint, tmp_path, given):
+    changes = {f"lora.{name}": value for name, value in given.items()} | {"model.name": tiny_checkpoint()}
+    with pytest.raises(UserError, match=f"^lora.{next(iter(given))} needs lora.rank"):
+        start(stores, tmp_path / "run", **SHORT, **changes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_adapter_of_another_model_is_refused(stores, first, tiny_checkpoint, tmp_path):

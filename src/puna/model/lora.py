@@ -20,7 +20,7 @@ from puna.errors import UserError, nearest
 from puna.model.config import ModelConfig
 from puna.model.linear import Linear
 from puna.model.llama import Llama
-from puna.model.lora_options import LINEARS, LoraOptions
+from puna.model.lora_options import LINEARS, LoraOptions, matches_end
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the output layer
@@ -43,7 +43,8 @@ class LoRA(nn.Module):
 def adapted(config: ModelConfig, options: LoraOptions) -> list[str]:
     """The linear layers that get an update, `model.layers.0.self_attn.q_proj` and so on, in model order.
 
-    A layer that is trained whole gets none. Raises UserError for a pattern that matches no linear layer.
+    A layer that is trained whole gets none. Raises UserError for a pattern that matches no linear layer, or for one
+    of a rank or alpha that matches no adapted layer.
     """
     linears = [name for name in _modules(config) if name.split(".")[-1] in (*LINEARS, "lm_head")]
     if options.rank < 1:
@@ -52,7 +53,10 @@ def adapted(config: ModelConfig, options: LoraOptions) -> list[str]:
         raise UserError(f"LoRA needs targets: some of {', '.join(LINEARS)}.")
     flat = [name for target in options.targets for name in (LINEARS if target == ALL_LINEAR else [target])]
     whole = saved(config, options)
-    return [name for name in select(flat, linears, "linear layer") if name not in whole]
+    names = [name for name in select(flat, linears, "linear layer") if name not in whole]
+    for pattern in [*options.rank_pattern, *options.alpha_pattern]:
+        _check_pattern(pattern, names, linears)
+    return names
 
 
 def saved(config: ModelConfig, options: LoraOptions) -> list[str]:
@@ -125,6 +129,21 @@ def select(patterns: Iterable[str], names: list[str], what: str) -> list[str]:
             raise UserError(f"the model has no {what} {pattern!r}{hint}")
         chosen.update(matching)
     return [name for name in names if name in chosen]
+
+
+def _check_pattern(pattern: str, names: list[str], linears: list[str]) -> None:
+    """Raises UserError for a pattern of ranks or alphas that matches none of the adapted layers `names`."""
+    try:
+        if any(matches_end(pattern, name) for name in names):
+            return
+        known = any(matches_end(pattern, name) for name in linears)
+    except re.error as error:
+        raise UserError(f"The LoRA pattern {pattern!r} is not a regular expression: {error}.") from None
+    if known:
+        raise UserError(f"The LoRA pattern {pattern!r} matches no layer that gets an update: add it to the targets.")
+    short = dict.fromkeys(name.split(".")[-1] for name in names)
+    near = nearest(pattern, [*short, *names, *(name.removeprefix("model.") for name in names)])
+    raise UserError(f"The LoRA pattern {pattern!r} matches no layer{near or '; there are ' + ', '.join(short)}.")
 
 
 def _modules(config: ModelConfig) -> list[str]:

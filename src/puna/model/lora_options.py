@@ -64,6 +64,11 @@ def _listed(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
 def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
     """The value of the first pattern that matches the end of the name from a dot on, as peft looks them up."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches_end(pattern, module):
             return value
     return default
+
+
+def matches_end(pattern: str, module: str) -> bool:
+    """Whether a regular expression matches the end of a module's name from a dot on, or the whole of it."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None

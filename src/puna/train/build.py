@@ -25,6 +25,7 @@ from puna.parallel.model_part import ModelPart
 from puna.parallel.strategy import ParallelStrategy
 from puna.tokenizer import Tokenizer
 from puna.train.checkpoint import CheckpointManager
+from puna.train.lora_init import check_rank
 from puna.train.optim import check_optim
 from puna.train.options import TrainOptions
 from puna.train.run_folder import check_folder, lock
@@ -52,6 +53,7 @@ def check(options: TrainOptions) -> None:
         raise UserError("data.weights needs a number for every prefix of data.train.")
     if options.model.weights == "random" and (options.lora.rank or options.lora.init):
         raise UserError("LoRA trains updates of a checkpoint, not of random weights: leave lora.* out.")
+    check_rank(options.lora)
     check_optim(options.optim)
     check_schedule(options.schedule, options.optim.lr)
 

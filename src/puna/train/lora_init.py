@@ -1,21 +1,36 @@
-"""Training that continues an adapter (`lora.init`), with its configuration and its tensors."""
+"""LoRA's options in a training: their check, and the adapter that is continued (`lora.init`) with its tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import torch
 
 from puna.errors import UserError
 from puna.model.config import ModelConfig
 from puna.model.lora import adapted, saved
-from puna.model.lora_options import LoraOptions
+from puna.model.lora_options import LoraOptions, matches_end
 from puna.train.options import TrainLoraOptions
 from puna.weights.adapter import Adapter, check_adapter, read_adapter
 
+T = TypeVar("T")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-TAKEN = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
+TAKEN = ("rank", "alpha", "rslora")
 DEFAULTS = TrainLoraOptions(rank=0)
+
+
+def check_rank(options: TrainLoraOptions) -> None:
+    """Raises UserError for LoRA options without a rank: they would be ignored, and all weights trained."""
+    if options.rank or options.init:
+        return
+    for entry in fields(LoraOptions):
+        if getattr(options, entry.name) != getattr(DEFAULTS, entry.name):
+            raise UserError(
+                f"lora.{entry.name} needs lora.rank, which is 0, so that all weights are trained: "
+                f"give lora.rank (16 is usual), or leave lora.{entry.name} out."
+            )
 
 
 def open_initial(options: TrainLoraOptions, config: ModelConfig) -> tuple[TrainLoraOptions, Adapter | None]:
@@ -38,6 +53,8 @@ def open_initial(options: TrainLoraOptions, config: ModelConfig) -> tuple[TrainL
     taken = replace(
         options,
         **{name: getattr(adapter.options, name) for name in TAKEN},
+        rank_pattern=_used(adapter.options.rank_pattern, adapter.modules),
+        alpha_pattern=_used(adapter.options.alpha_pattern, adapter.modules),
         targets=tuple(adapter.modules),
         modules_to_save=whole,
     )
@@ -53,3 +70,8 @@ def open_initial(options: TrainLoraOptions, config: ModelConfig) -> tuple[TrainL
                 f"lora.{entry.name} is {asked}, but the adapter {adapter.path} has {stored}: leave the option out."
             )
     return taken, adapter
+
+
+def _used(patterns: Mapping[str, T], modules: Iterable[str]) -> dict[str, T]:
+    """The patterns that match an adapted layer; peft accepts others too."""
+    return {pattern: value for pattern, value in patterns.items() if any(matches_end(pattern, m) for m in modules)}
