@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -128,6 +129,16 @@ def test_a_name_of_bytes_is_printed():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"no\xff\n", b"")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("words", "code"), [("info --help", 0), ("chatt", 2)])
+def test_a_closed_standard_stream_is_no_defect(closed, words, code):
+    line = f"exec {' '.join(map(shlex.quote, PUNA))} {words} {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert done.returncode == code and "internal error" not in done.stderr and "Traceback" not in done.stderr
+    assert bool(done.stdout) == (code == 0 and ">&-" not in closed.replace("2>&-", ""))
+    assert bool(done.stderr) == (code == 2 and "2>&-" not in closed)
+
+
 def test_the_overview_of_a_group_names_it():
     text = puna("bench", "--help").stdout
     assert text.startswith("usage: puna bench VERB [options]") and "chat" not in text
@@ -152,7 +163,7 @@ def test_no_verb_shows_the_overview_on_stderr(capsys):
         (OSError(40, "Too many levels of symbolic links", "x"), 2, "puna: Cannot use x: Too many levels"),
         (UserError("A full stop."), 2, "puna: A full stop.\n"),
         (PermissionError(13, "Permission denied", "x"), 2, "puna: Cannot use x: Permission denied.\n"),
-        (MemoryError(), 2, "puna: Out of memory: lower --kv-cache-tokens"),
+        (MemoryError(), 2, "puna: Out of memory: use a smaller model, batch, context or data type."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "puna: Out of memory"),
         (KeyError("oops"), 1, "puna: internal error, KeyError: 'oops' (PUNA_TRACEBACK=1 shows where"),
         (KeyboardInterrupt(), 130, "puna: stopped\n"),

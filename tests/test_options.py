@@ -1,5 +1,6 @@
 """Options: the same dataclass from the command line and from YAML, and one sentence for whatever doesn't fit."""
 
+import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
@@ -107,6 +108,21 @@ def test_positionals_fill_what_the_file_leaves_open(tmp_path):
     assert thing(str(file), "--model", "other").model == "other"
 
 
+def test_positionals_override_a_file_given_by_config(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\nprompt: hello")
+    assert thing("other", "tell me", "--config", str(file)) == Options(model="other", prompt=("tell me",))
+    assert thing("--config", str(file), "other") == Options(model="other", prompt=("hello",))
+
+
+def test_an_options_file_is_a_regular_file_of_bounded_size(tmp_path, monkeypatch):
+    pipe, long = tmp_path / "pipe.yaml", tmp_path / "long.yaml"
+    os.mkfifo(pipe)
+    assert refuse("--config", str(pipe)).endswith("is not a regular file; puna reads no pipes or devices.")
+    long.write_text("model: m # " + "x" * (1 << 20))
+    assert "is larger than the 1,048,576 bytes" in refuse(str(long))
+
+
 def test_to_yaml_gives_the_options_back(tmp_path, capsys):
     words = ["m", "a", "b", "--max-tokens", "3", "--stop", "ü", "--bias", "{1: 2}", "--out", "x", "--no-verify"]
     file = tmp_path / "run.yaml"
@@ -144,7 +160,7 @@ def test_to_yaml_gives_the_options_back(tmp_path, capsys):
         (("m", "--max-tokens", "--chat"), "--max-tokens needs a value: a whole number"),
         ((), "puna thing needs MODEL: the model (see puna thing --help)"),
         (("--config",), "--config needs a value: a YAML file"),
-        (("m", "--config", "nowhere.yaml"), "cannot read the options file nowhere.yaml: No such file or directory"),
+        (("m", "--config", "nowhere.yaml"), "nowhere.yaml can't be read: No such file or directory."),
     ],
 )
 def test_one_sentence(words, says):

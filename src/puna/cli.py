@@ -30,6 +30,7 @@ UNUSABLE |= {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
+    _open_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--"]:  # as in torchrun ... -m puna -- generate, which keeps torchrun from reading our options
         del words[0]
@@ -76,6 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=errors,
         )
         return 1
+
+
+def _open_closed_streams() -> None:
+    """Opens the null device for each standard stream that the caller closed (`>&-`), for which Python has None.
+
+    In their order, so that each takes its own number, which otherwise the next file to be opened would take.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 (open as long as the process)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def _run(words: list[str]) -> int:
@@ -126,6 +139,5 @@ def _users_own(error: Exception) -> str | None:
         return f"cannot use {error.filename}: {error.strerror}"
     # torch raises OutOfMemoryError on a GPU and a plain RuntimeError on the CPU
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
-        options = "--kv-cache-tokens, --max-model-len or --max-num-batched-tokens"
-        return f"out of memory: lower {options}, or take a smaller --dtype"
+        return "out of memory: use a smaller model, batch, context or data type"
     return None

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from puna.errors import UserError, nearest
+from puna.files import read_bytes
 from puna.option_values import bare, convert, in_words, is_list, metavar, unescape
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ OPTION = re.compile(
     r"(--?[A-Za-z][\w-]*|--[A-Za-z][\w.-]*)(=.*)?", re.DOTALL
 )  # "-", "-1.5" and "- a list" are arguments, not options
 WIDTH = 100
+MAX_YAML = 1 << 20  # bytes
 CHECKPOINT = "path, Hugging Face id (org/name) or alias (smollm2-135m-instruct) of a checkpoint"
 
 
@@ -63,7 +65,8 @@ class Option:
 def argument(help: str, default: Any = MISSING, *, rest: bool = False, writes: str | None = None) -> Any:
     """A positional field; required without a default. A `tuple[str, ...]` takes all that remain.
 
-    It can be given by name too (`--model X`, `model: X`); then the positionals of the command line fill the others.
+    It can be given by name too, by `--model X` or in a YAML file that is the first positional itself; then the
+    positionals fill the others. They override `model: X` in a file given by --config.
     `rest`: it takes everything from the first positional on unparsed, options of another command too.
     """
     return field(default=default, metadata={"help": help, "positional": True, "rest": rest, "writes": writes})
@@ -134,10 +137,12 @@ def parse(verb: str, kind: type[T], argv: Sequence[str]) -> T:
     known = options_of(kind)
     named, positional, files, show, former = _split(verb, kind, argv)
     values: dict[str, Any] = {}
-    for file in files:
-        values |= convert_all(kind, _read_yaml(file), where=f"{file}: puna {verb}")
+    filled = set(named)  # positional fields that the positional texts do not fill
+    for file, is_first in files:
+        values |= (given := convert_all(kind, _read_yaml(file), where=f"{file}: puna {verb}"))
+        filled |= given.keys() if is_first else set()
     for name, entry in known.items():
-        if entry.positional and positional and name not in named and name not in values:
+        if entry.positional and positional and name not in filled:
             many = is_list(entry.hint)
             named[name], positional = (positional, []) if many else (positional[0], positional[1:])
     if positional:
@@ -215,6 +220,7 @@ def help_text(verb: str, kind: type) -> str:
     lines += ["", "Everywhere:"]
     for head, text in (
         ("--config FILE", "read options from a YAML file; the command line overrides it"),
+        ("FILE.yaml", "as the first argument: the same, and further arguments follow those that the file gives"),
         ("--print-config", "print the options as such a file and stop"),
         ("--traceback", "show the Python traceback of an error"),
         ("--help", "this page"),
@@ -230,11 +236,14 @@ def summary(kind: type) -> str:
 
 def _split(
     verb: str, kind: type, argv: Sequence[str]
-) -> tuple[dict[str, Any], list[str], list[str], bool, dict[str, tuple[str, str]]]:
-    """The command line as (named values, positional texts, YAML files, --print-config, former and present flags)."""
+) -> tuple[dict[str, Any], list[str], list[tuple[str, bool]], bool, dict[str, tuple[str, str]]]:
+    """The command line as (named values, positional texts, YAML files, --print-config, former and present flags).
+
+    With each YAML file: whether it is the first positional.
+    """
     named: dict[str, Any] = {}
     positional: list[str] = []
-    files: list[str] = []
+    files: list[tuple[str, bool]] = []
     former: dict[str, tuple[str, str]] = {}
     show = False
     known, rest = options_of(kind), list(argv)
@@ -249,8 +258,10 @@ def _split(
             if verbatim:
                 positional += [word, *rest]
                 break
-            leading = not positional and not files and word.endswith((".yaml", ".yml"))
-            (files if leading else positional).append(word)
+            if not positional and not files and word.endswith((".yaml", ".yml")):
+                files.append((word, True))
+            else:
+                positional.append(word)
             continue
         written, equals, value = word.partition("=")
         name = written.lstrip("-").replace("-", "_")
@@ -280,7 +291,7 @@ def _split(
                 raise UserError(f"{written} needs a value: {wanted}")
             value = rest.pop(0)
         if name == "config":
-            files.append(value)
+            files.append((value, False))
         elif is_list(known[name].hint):
             named.setdefault(name, []).append(value)
         else:
@@ -348,9 +359,7 @@ def _note(text: str) -> None:
 
 def _read_yaml(file: str) -> Any:
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the options file {file}: {error.strerror}") from None
+        content = yaml.safe_load(read_bytes(Path(file), MAX_YAML).decode())
     except RecursionError:
         raise UserError(f"{file} is not valid YAML: lists or mappings are nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -83,3 +83,12 @@ def test_smollm2(smollm2):
 ])  # fmt: skip
 def test_size(nbytes, said):
     assert size(nbytes) == said
+
+
+def test_files_of_ranks_are_all_counted(tiny_checkpoint, tmp_path, capsys):
+    convert(tiny_checkpoint(), tmp_path / "mg", "megatron", tp=2)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "mg"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    sizes = {str(path.relative_to(tmp_path / "mg")): path.stat().st_size for path in (tmp_path / "mg").rglob("*.pt")}
+    assert len(sizes) == 2 and facts["files"].items() >= sizes.items()

@@ -109,7 +109,7 @@ def test_manifests_take_a_rendezvous(kind):
         (["--k8s", "--slurm", "info", "x"], "choose one"),
         (["trian", "run.yaml"], "puna has no verb 'trian', did you mean 'train'?"),
         (["--nproc", "2", "generate", "M", "--temprature", "1"], "did you mean '--temperature'?"),
-        (["--nproc", "2", "train", "nowhere.yaml"], "Cannot read the options file nowhere.yaml"),
+        (["--nproc", "2", "train", "nowhere.yaml"], "nowhere.yaml can't be read"),
         (["launch", "info", "x"], "a verb other than launch"),
         (["--slurm", "--time", "a day", "info", "x"], "is not a time limit of Slurm"),
         (["--slurm", "--name", "a b", "info", "x"], "is not a job name"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from puna.errors import UserError
@@ -31,7 +32,7 @@ def describe(source: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(source.path),
         "format": source.format,
-        "files": {file.name: file.stat().st_size for file in source.files},
+        "files": {_file_name(file, source.path): file.stat().st_size for file in source.files},
         "preset": preset(config),
         "parameters": parameters,
         "config": asdict(config),
@@ -44,6 +45,11 @@ def describe(source: Checkpoint) -> dict[str, Any]:
         "details": source.details,
         "manifest": read_json(manifest) if manifest.exists() else None,
     }
+
+
+def _file_name(file: Path, root: Path) -> str:
+    """The path relative to the checkpoint: Megatron's files have the same name in each rank's folder."""
+    return str(file.relative_to(root)) if file != root and file.is_relative_to(root) else file.name
 
 
 def preset(config: ModelConfig) -> str | None:

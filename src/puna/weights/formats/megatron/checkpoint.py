@@ -40,6 +40,7 @@ from puna.weights.formats.megatron.names import (
 from puna.weights.formats.megatron.write_options import TRACKER, MegatronOptions
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
+MAX_PADDING = 1 << 16  # tokens by which any vocabulary may be padded; a larger one may double
 # Modules whose classes Megatron's checkpoints hold beside tensors: enums, random states.
 HARMLESS = re.compile(
     r"(megatron|ascendspeed|modellink|mindspeed\w*|numpy|signal|pathlib)\..+|_codecs\.encode|_io\.BytesIO"
@@ -123,6 +124,11 @@ def _plan(
         )
     multiple = options.make_vocab_size_divisible_by
     vocab = padded_vocab(config.vocab_size, multiple, options.tp)
+    if vocab - config.vocab_size > max(config.vocab_size, MAX_PADDING):
+        raise UserError(
+            f"--make-vocab-size-divisible-by {multiple} and --tp {options.tp} pad the vocabulary of"
+            f" {config.vocab_size} tokens to {vocab}; choose smaller ones, such as 128 and 1."
+        )
     layout = MegatronLayout(config, options.tp, vocab, options.merge_mlp or names != "ascendspeed")
     tensors = {name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()}
     top: dict[str, Any] = {"checkpoint_version": 3.0}
