@@ -447,6 +447,15 @@ def test_a_longer_context_is_advised_only_where_it_would_be_accepted(checkpoint:
         assert "context" in error and "max_model_len" not in error
 
 
+def test_a_wrong_generation_config_is_named_before_loading(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("puna.loading.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    model = changed(checkpoint, tmp_path / "wrong", "generation_config.json", {"top_p": 7})
+    with pytest.raises(UserError, match="The generation_config.json of .*wrong has a wrong value: top_p must be"):
+        LLM(model)
+
+
 def test_without_generation_config_it_is_greedy(llm: LLM):
     assert llm.defaults == SamplingParams()
 
@@ -507,10 +516,17 @@ def test_random_weights_of_a_preset_run(tmp_path: Path):
         ({"max_model_len": 1}, "max_model_len must be at least 2"),
         ({"max_model_len": 513}, "max_model_len 513 is more than the 512 tokens"),
         ({"kv_cache_tokens": 15}, "A KV cache of 15 tokens is smaller than one block of 16"),
+        ({"kv_cache_tokens": 10**15}, "A KV cache of 10{15} tokens takes .* GB .*set kv_cache_tokens to at most"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+        ({"max_model_len": "100"}, "max_model_len must be a whole number, not '100'"),
+        ({"kv_cache_tokens": 64.0}, "kv_cache_tokens must be a whole number, not 64.0"),
         ({"template": "lama2"}, "llama2"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused_in_a_sentence(checkpoint: Path, options: dict, says: str):
+def test_what_cannot_be_loaded_is_refused_before_loading(
+    checkpoint: Path, options: dict, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("puna.loading.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=says):
         LLM(checkpoint, **options)
 

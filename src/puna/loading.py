@@ -11,7 +11,7 @@ import torch
 
 from puna.engine.block_pool import BlockPool
 from puna.engine.engine import Engine
-from puna.engine.kv_cache import BLOCK_SIZE, cache_blocks
+from puna.engine.kv_cache import BLOCK_SIZE, cache_blocks, check_cache_tokens
 from puna.engine.options import EngineOptions
 from puna.engine.runner import make_runner
 from puna.engine.sampling_params import SamplingParams
@@ -20,6 +20,7 @@ from puna.errors import UserError, nearest
 from puna.model.config import ModelConfig, end_ids
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
+from puna.model.tp_plan import kv_heads_per_rank
 from puna.model_loader import DTYPES, load_model, random_model
 from puna.parallel.memory import free_bytes
 from puna.parallel.process_group import choose_device
@@ -67,19 +68,13 @@ def create_engine(
         device = choose_device(options.device)
         memory = free_bytes(device)  # of all ranks, before one of them begins to load
     with together():
-        model, tokenizer, stop_ids, generation = _load_all(options, device, memory, tp, seed or 0, quiet)
-        max_model_len, longest = _context(model.config, options.max_model_len)
-        model.fix_rope(max_model_len)
-        validator = RequestValidator(
-            vocab_size=model.config.vocab_size,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            max_num_seqs=options.max_num_seqs,
-            longest_model_len=longest,
-        )
-        defaults = SamplingParams.from_generation_config(generation)
+        model, tokenizer, stop_ids, defaults = _load_all(options, device, memory, tp, seed or 0, quiet)
+        validator = _validator(model.config, options)
+        model.fix_rope(validator.max_model_len)
     with together():
-        blocks = cache_blocks(model, BLOCK_SIZE, max_model_len, options.max_num_seqs, options.kv_cache_tokens, tp)
+        blocks = cache_blocks(
+            model, BLOCK_SIZE, validator.max_model_len, options.max_num_seqs, options.kv_cache_tokens, tp
+        )
     engine = Engine(
         make_runner(model, blocks, BLOCK_SIZE),
         BlockPool(blocks, BLOCK_SIZE, prefix_caching=prefix_caching),
@@ -97,10 +92,22 @@ def create_engine(
     return engine
 
 
+def check_params(options: EngineOptions, params: SamplingParams) -> None:
+    """Raises UserError for sampling parameters that no prompt can run with on this model. Reads no weights."""
+    dummy = options.load_format == "dummy"
+    if dummy and options.model in PRESETS:
+        return _validator(PRESETS[options.model], options).check_params(params)
+    with _open(options, dummy) as source:
+        return _validator(source.config, options).check_params(params)
+
+
 def _load_all(
     options: EngineOptions, device: str, memory: int, tp: TensorParallel | None, seed: int, quiet: bool
-) -> tuple[Llama, Tokenizer | None, tuple[int, ...], dict[str, Any]]:
-    """Model, tokenizer, end tokens and generation_config of what `options` name."""
+) -> tuple[Llama, Tokenizer | None, tuple[int, ...], SamplingParams]:
+    """Model, tokenizer, end tokens and default sampling parameters of what `options` name.
+
+    All options are checked before weights are loaded.
+    """
     dummy = options.load_format == "dummy"
     if options.load_format not in ("auto", "dummy"):
         raise UserError(f"load_format must be auto or dummy, not {options.load_format!r}.")
@@ -110,11 +117,14 @@ def _load_all(
     build |= {"fast": True, "quiet": quiet}
     if dummy and options.model in PRESETS:
         dtype = choose_dtype(options.dtype, None)
-        return random_model(PRESETS[options.model], dtype, device, seed=seed, **build), None, (), {}
+        _check_sizes(PRESETS[options.model], options, dtype, memory, tp)
+        return random_model(PRESETS[options.model], dtype, device, seed=seed, **build), None, (), SamplingParams()
     with _open(options, dummy) as source:
         if options.adapter is not None:
             source = merge(source, read_adapter(options.adapter))
         dtype = choose_dtype(options.dtype, source)
+        _check_sizes(source.config, options, dtype, memory, tp)
+        defaults = _defaults(source)
         tokenizer = source.tokenizer()
         stop_ids = _stop_ids(source)
         if tokenizer is not None:
@@ -128,7 +138,7 @@ def _load_all(
             model = random_model(source.config, dtype, device, seed=seed, **build)
         else:
             model = load_model(source, dtype, device, **build)
-        return model, tokenizer, stop_ids, source.generation
+        return model, tokenizer, stop_ids, defaults
 
 
 def _open(options: EngineOptions, dummy: bool) -> Checkpoint:
@@ -139,6 +149,34 @@ def _open(options: EngineOptions, dummy: bool) -> Checkpoint:
         if dummy and (hint := nearest(options.model, PRESETS)):
             raise UserError(f"There is no preset {options.model!r}{hint}; and as a checkpoint: {error}") from error
         raise
+
+
+def _validator(config: ModelConfig, options: EngineOptions) -> RequestValidator:
+    max_model_len, longest = _context(config, options.max_model_len)
+    return RequestValidator(
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        longest_model_len=longest,
+    )
+
+
+def _check_sizes(
+    config: ModelConfig, options: EngineOptions, dtype: torch.dtype, memory: int, tp: TensorParallel | None
+) -> None:
+    """Raises UserError for limits that the model or the `memory` of this rank, in bytes, can't have."""
+    _validator(config, options)
+    if options.kv_cache_tokens is not None:
+        token_bytes = config.kv_bytes_per_token(dtype.itemsize, kv_heads_per_rank(config, tp.size if tp else 1))
+        check_cache_tokens(options.kv_cache_tokens, BLOCK_SIZE, token_bytes, memory)
+
+
+def _defaults(source: Checkpoint) -> SamplingParams:
+    try:
+        return SamplingParams.from_generation_config(source.generation)
+    except UserError as error:
+        raise UserError(f"The generation_config.json of {source.path} has a wrong value: {error}") from None
 
 
 def _stop_ids(source: Checkpoint) -> tuple[int, ...]:

@@ -386,6 +386,24 @@ def test_bad_sampling_options_are_found_before_the_model_is_loaded(verb, tiny_ch
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--max-tokens", "512"], "A prompt and max_tokens 512 exceed the context of 512; ask for at most 511."),
+        (["--logit-bias", "{384: 1}"], "logit_bias names token 384, but the vocabulary ends at 383."),
+        (["--n", "300"], "300 sequences at once are more than a step takes"),
+        (["--num-beams", "4", "--max-num-seqs", "3"], "4 sequences at once are more than a step takes"),
+        (["--out", "/proc/x.jsonl"], "Cannot use /proc/x.jsonl: "),
+    ],
+)
+def test_what_no_prompt_can_run_with_is_refused_before_the_model_is_loaded(
+    words, says, tiny_checkpoint, monkeypatch, capsys
+):
+    monkeypatch.setattr("puna.llm.LLM.__init__", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert main(["generate", str(tiny_checkpoint()), "x", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_ctrl_c_keeps_whole_rows(run, monkeypatch, tmp_path):
     from puna.llm import LLM
 

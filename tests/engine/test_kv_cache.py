@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna.engine.kv_cache import CPU_FRACTION, cache_blocks, cache_bytes
+from puna.engine.kv_cache import CPU_FRACTION, cache_blocks, cache_bytes, check_cache_tokens
 from puna.errors import UserError
 from puna.llm import LLM
 from puna.model.llama import Llama
@@ -36,7 +36,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cache_as_large_as_asked(model: Llama):
     assert cache_blocks(model, SIZE, 256, 8, 1000, None) == 62
     with pytest.raises(UserError, match="raise kv_cache_tokens"):
-        cache_blocks(model, SIZE, 256, 8, SIZE - 1, None)
+        check_cache_tokens(SIZE - 1, SIZE, BLOCK_BYTES // SIZE, 1 << 30)
 
 
 def test_no_more_than_the_longest_sequences_need(model: Llama, machine: Path):

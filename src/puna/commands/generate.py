@@ -67,11 +67,14 @@ class GenerateOptions(EngineOptions):
 def run(options: GenerateOptions) -> int:
     """Generates for every prompt. Exit code 0 where each row has its record; 2 where a prompt failed in plain text."""
     from puna.llm import LLM
+    from puna.loading import check_params
 
     _check(options)
     jsonl = options.jsonl or (options.file or "").endswith((".jsonl", ".ndjson"))
     given = options.sampling
-    SamplingParams().merged(given)  # refuses bad values before the model is loaded
+    params = SamplingParams().merged(given)  # refuses bad values before the model is loaded
+    if given and not jsonl:  # rows of JSONL may have other ones
+        check_params(options, params)
     with ExitStack() as stack:
 
         @cache
@@ -213,6 +216,18 @@ def _check(options: GenerateOptions) -> None:
         raise UserError(f"--out {out} must be a file in a directory that exists.")
     if out and file and out.exists() and os.path.exists(file) and out.samefile(file):
         raise UserError(f"--out {out} is the input itself; choose another file.")
+    if out and os.environ.get("RANK", "0") == "0":
+        _check_writable(out)
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError for a file that can't be made or appended to, since only trying tells. Leaves no new file."""
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        path.open("ab").close()
+    else:
+        path.unlink()
 
 
 def _write_records(rows: Iterator[Row], options: GenerateOptions, load: Load) -> None:

@@ -16,6 +16,19 @@ GPU_FRACTION = 0.85  # of the memory that is free after loading; the rest is for
 CPU_FRACTION = 0.5  # of the available memory, which other processes need too; pages are only taken when used
 
 
+def check_cache_tokens(tokens: int, block_size: int, token_bytes: int, memory: int) -> None:
+    """Raises UserError for a KV cache of less than one block, or larger than the free `memory` in bytes of a rank."""
+    if tokens < block_size:
+        raise UserError(
+            f"A KV cache of {tokens} tokens is smaller than one block of {block_size}; raise kv_cache_tokens."
+        )
+    if tokens * token_bytes > memory:
+        raise UserError(
+            f"A KV cache of {tokens} tokens takes {tokens * token_bytes / 1e9:.1f} GB, and {memory / 1e9:.1f} GB of"
+            f" memory are free; set kv_cache_tokens to at most {memory // token_bytes}."
+        )
+
+
 def cache_blocks(
     model: Llama,
     block_size: int,
@@ -26,14 +39,10 @@ def cache_blocks(
 ) -> int:
     """Blocks of `block_size` positions; the same on every rank.
 
-    `tokens`: at least that many positions. None: as many as fit the free memory, at most what `max_sequences` of the
-    maximum length could use. Raises UserError when not even one block fits.
+    `tokens`: that many positions, as `check_cache_tokens` accepts them. None: as many as fit the free memory, at most
+    what `max_sequences` of the maximum length could use. Raises UserError when not even one block fits.
     """
     if tokens is not None:
-        if tokens < block_size:
-            raise UserError(
-                f"A KV cache of {tokens} tokens is smaller than one block of {block_size}; raise kv_cache_tokens."
-            )
         return tokens // block_size
     weight = model.embed_tokens.weight
     block_bytes = block_size * model.config.kv_bytes_per_token(weight.dtype.itemsize, _kv_heads(model))

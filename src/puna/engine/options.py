@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
+from puna.errors import UserError
 from puna.options import CHECKPOINT, argument, option
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -46,6 +48,14 @@ class EngineOptions:
         2048, "tokens computed in one step, prompts and answers together", aliases=("max_batch_tokens",), minimum=1
     )
     max_num_seqs: int = option(256, "sequences that run at once", minimum=1)
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "kv_cache_tokens", "max_num_batched_tokens", "max_num_seqs"):
+            value = getattr(self, name)
+            try:
+                index(0 if value is None else value)
+            except TypeError:
+                raise UserError(f"{name} must be a whole number, not {value!r:.60}.") from None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `LLM`, for a verb whose options extend these."""

@@ -24,13 +24,28 @@ class RequestValidator:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises UserError for sampling parameters that no prompt can run with."""
+        params.check_fits(self.vocab_size)
+        if params.max_tokens is not None and params.max_tokens >= self.max_model_len:
+            remedy = self._remedy(f"ask for at most {self.max_model_len - 1}", params.max_tokens + 1)
+            raise UserError(
+                f"A prompt and max_tokens {params.max_tokens} exceed the context of {self.max_model_len}; {remedy}."
+            )
+        width = max(params.n, params.num_beams)
+        if width > min(self.max_num_batched_tokens, self.max_num_seqs):
+            raise UserError(
+                f"{width} sequences at once are more than a step takes;"
+                " lower n or num_beams, or raise max_num_seqs and max_num_batched_tokens."
+            )
+
     def max_len(self, prompt: list[int], params: SamplingParams, pool: BlockPool) -> int:
         """The length at which the request's sequences end; they fit the cache when all others are preempted.
 
         Raises UserError when the request can never run.
         """
         context, vocab, length = self.max_model_len, self.vocab_size, len(prompt)
-        params.check_fits(vocab)
+        self.check_params(params)
         if not prompt:
             raise UserError("The prompt is empty and this tokenizer adds no BOS; give at least one token.")
         if min(prompt) < 0 or max(prompt) >= vocab:
@@ -53,11 +68,6 @@ class RequestValidator:
                 f" {self._remedy(f'ask for at most {context - length}', wanted)}."
             )
         width = max(params.n, params.num_beams)
-        if width > min(self.max_num_batched_tokens, self.max_num_seqs):
-            raise UserError(
-                f"{width} sequences at once are more than a step takes;"
-                " lower n or num_beams, or raise max_num_seqs and max_num_batched_tokens."
-            )
         capacity = pool.num_blocks // width * pool.block_size
         if wanted > capacity:
             raise UserError(
