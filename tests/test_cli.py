@@ -72,9 +72,9 @@ def test_version():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["chatt"], "puna has no verb 'chatt', did you mean 'chat'? (see puna --help)."),
+        (["chatt"], "puna has no verb 'chatt' (did you mean 'chat'?) (see puna --help)."),
         (["bench"], "puna bench needs latency or throughput as its first word (see puna bench --help)"),
-        (["bench", "latncy"], "latency or throughput as its first word, did you mean 'latency'?"),
+        (["bench", "latncy"], "latency or throughput as its first word (did you mean 'latency'?)"),
         (["info", "m", "--bogus", "1"], "puna info has no option --bogus (see puna info --help)"),
         (["generate", "m", "--temprature", "1"], "did you mean '--temperature'?"),
     ],
@@ -155,7 +155,7 @@ def test_no_verb_shows_the_overview_on_stderr(capsys):
     [
         (UserError("no such file; give another"), 2, "puna: No such file; give another.\n"),
         (UserError("max_tokens must be 1 or more."), 2, "puna: max_tokens must be 1 or more.\n"),
-        (UserError("there is no x, did you mean 'y'?"), 2, "puna: There is no x, did you mean 'y'?\n"),
+        (UserError("there is no x (did you mean 'y'?)"), 2, "puna: There is no x (did you mean 'y'?).\n"),
         (OSError(28, "No space left on device", "big.gguf"), 2, "puna: The disk is full at big.gguf: free some"),
         (OSError(122, "Disk quota exceeded", "x"), 2, "puna: The disk is full at x: free some"),
         (OSError(30, "Read-only file system", "x"), 2, "puna: Cannot use x: Read-only file system.\n"),

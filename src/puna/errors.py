@@ -14,6 +14,6 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The tail of an error message: `, did you mean 'x'?` for the closest known name, or nothing when none is close."""
+    """A remark in an error message: ` (did you mean 'x'?)` for the closest known name, or nothing if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""

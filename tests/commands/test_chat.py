@@ -85,7 +85,7 @@ def test_system_command(capsys):
 def test_help_and_unknown_commands_are_not_messages(capsys):
     assert talk("/help", "/hlep", "/etc/passwd is what?").asked == [["user: /etc/passwd is what?"]]
     err = capsys.readouterr().err
-    assert "/system TEXT" in err and "There is no command /hlep, did you mean 'help'?" in err
+    assert "/system TEXT" in err and "There is no command /hlep (did you mean 'help'?)" in err
 
 
 def test_the_oldest_turns_are_dropped_and_it_says_so(capsys):

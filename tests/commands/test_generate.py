@@ -146,7 +146,7 @@ def test_jsonl_in_and_out(run, llm, tmp_path):
 
     errors = {record["index"]: record["error"] for record in records if "error" in record}
     assert list(errors) == [3, 4, 5, 6, 7, 8, 9, 10]
-    assert errors[6] == "the row has no option 'temprature', did you mean 'temperature'?"
+    assert errors[6] == "the row has no option 'temprature' (did you mean 'temperature'?)"
     assert errors[7] == "the row: temperature takes a number, not 'hot'"
     for index, says in {3: "not JSON", 4: "not a JSON object", 5: "one of the two", 10: '"messages" is a list'}.items():
         assert says in errors[index]

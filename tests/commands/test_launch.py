@@ -107,7 +107,7 @@ def test_manifests_take_a_rendezvous(kind):
         (["--nnodes", "2", "info", "x"], "needs --rendezvous HOST:PORT"),
         (["--k8s", "info", "x"], "--k8s needs --image"),
         (["--k8s", "--slurm", "info", "x"], "choose one"),
-        (["trian", "run.yaml"], "puna has no verb 'trian', did you mean 'train'?"),
+        (["trian", "run.yaml"], "puna has no verb 'trian' (did you mean 'train'?)"),
         (["--nproc", "2", "generate", "M", "--temprature", "1"], "did you mean '--temperature'?"),
         (["--nproc", "2", "train", "nowhere.yaml"], "nowhere.yaml can't be read"),
         (["launch", "info", "x"], "a verb other than launch"),

@@ -89,7 +89,7 @@ def test_a_length_that_every_rank_gets_a_part_of():
         ("cuda", 0, 1, "The device is cuda, but torch sees no GPU here; use --device cpu."),
         ("cuda:3", 2, 1, "The device is cuda:3, but torch sees 2 GPU.s.; use one below cuda:2."),
         ("tpu", 0, 1, "There is no device 'tpu'; use auto, cpu or cuda."),
-        ("cdua", 0, 1, "There is no device 'cdua', did you mean 'cuda'"),
+        ("cdua", 0, 1, "There is no device 'cdua' .did you mean 'cuda'"),
         ("mps", 0, 1, "puna runs on cpu and cuda, not on 'mps'."),
         ("cuda:0", 2, 2, "each rank takes a GPU of its own; use --device cuda, not cuda:0."),
         ("auto", 1, 2, "torchrun started more ranks than this machine has GPUs .1.; lower --nproc-per-node"),

@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         GROUPED.shapes(24, 36)
     with pytest.raises(UserError, match="can't be split at 0 and 12"):
         GROUPED.cut(GROUPED.pack(torch.randn(8, 24)), (slice(0, 8), slice(0, 12)))
-    with pytest.raises(UserError, match="There is no quantization 'int9', did you mean 'int8'"):
+    with pytest.raises(UserError, match="There is no quantization 'int9' .did you mean 'int8'"):
         choose_scheme("int9")
     monkeypatch.setitem(registry.SCHEMES, "grouped", GROUPED)
     config = dataclasses.replace(PRESETS["tiny"], intermediate_size=90)

@@ -204,7 +204,7 @@ def test_no_template_is_an_error_that_names_the_builtins(chatml, tmp_path):
     assert bare.chat_template is None and bare.template_name is None
     with pytest.raises(UserError, match="no chat template.*alpaca, chatml, llama2, llama3 or vicuna"):
         bare.render(HELLO)
-    with pytest.raises(UserError, match="no chat template called 'lama2', did you mean 'llama2'"):
+    with pytest.raises(UserError, match="no chat template called 'lama2' .did you mean 'llama2'"):
         bare.with_template("lama2")
 
 
@@ -219,7 +219,7 @@ def test_no_template_is_an_error_that_names_the_builtins(chatml, tmp_path):
         (HELLO[0], "list of messages"),
         (["Hello"], "Message 1 must be a dict"),
         ([{"content": "x"}], "Message 1 has the role None"),
-        ([*HELLO, {"role": "asistant", "content": "x"}], "Message 2 has the role 'asistant', did you mean 'assistant'"),
+        ([*HELLO, {"role": "asistant", "content": "x"}], "Message 2 has the role 'asistant' .did you mean 'assistant'"),
         ([{"role": "user"}], "Message 1 needs a content that is text"),
         ([{"role": "user", "content": 3}], "Message 1 needs a content that is text, not int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "parts that are not text"),

@@ -548,7 +548,7 @@ def broken(made: Path, folder: Path, case: str) -> Any:
         ("cut tiktoken", "not a whole tiktoken file|lacks tokens"),
         ("cut llama2c", "not a whole llama2.c tokenizer"),
         ("gguf kind", "of kind 'bert'"),
-        ("gguf pre", "'smollm9' .* is not known, did you mean 'smollm'"),
+        ("gguf pre", "'smollm9' .* is not known .did you mean 'smollm'"),
         ("gguf no tokens", "no tokenizer.ggml.tokens"),
         ("gguf scores", "1 entries in tokenizer.ggml.scores"),
         ("gguf merges", "merges don't fit"),

@@ -399,7 +399,7 @@ def test_going_on_with_other_ranks_and_another_layout(stores, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"optim.lrr": 1}, "has no option --optim.lrr, did you mean '--optim.lr'?"),
+        ({"optim.lrr": 1}, "has no option --optim.lrr (did you mean '--optim.lr'?)"),
         ({"optim.betas": "0.9"}, "optim.betas takes two numbers"),
         ({"schedule.min_lr": 1}, "schedule.min_lr 1 must lie between 0 and optim.lr 0.01"),
         ({"data.seq_len": 512}, "data.seq_len 512 is longer than the model's context of 256"),

@@ -399,7 +399,7 @@ def test_a_distributed_checkpoint_is_named_with_the_way_out(backend, tmp_path):
         ({"tp": 8}, "4 key/value heads can't be cut for 8"),
         ({"tp": 0}, "--tp must be at least 1"),
         ({"pp": 3}, "4 layers can't be split into 3 pipeline stages: choose one of 1, 2, 4"),
-        ({"names": "cor"}, "only ascendspeed, legacy, core, did you mean 'core'"),
+        ({"names": "cor"}, "only ascendspeed, legacy, core .did you mean 'core'"),
         ({"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by must be at least 1"),
         ({"make_vocab_size_divisible_by": 10**12}, "of 384 tokens to 1000000000000; choose"),
         ({"to": "hf", "tp": 2}, "--tp is an option of megatron, not of hf"),

@@ -125,8 +125,8 @@ def select(patterns: Iterable[str], names: list[str], what: str) -> list[str]:
             raise UserError(f"{pattern!r} is neither a {what} nor a regular expression: {error}.") from None
         if not matching:
             short = dict.fromkeys(name.split(".")[-1] for name in names)
-            hint = nearest(pattern, [*short, *names]) or f"; there are {', '.join(short)}."
-            raise UserError(f"the model has no {what} {pattern!r}{hint}")
+            hint = nearest(pattern, [*short, *names]) or f"; there are {', '.join(short)}"
+            raise UserError(f"the model has no {what} {pattern!r}{hint}.")
         chosen.update(matching)
     return [name for name in names if name in chosen]
 

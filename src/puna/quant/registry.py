@@ -16,8 +16,8 @@ SCHEMES: dict[str, QuantScheme] = {scheme.name: scheme for scheme in (INT8,)}
 def choose_scheme(name: str) -> QuantScheme:
     """The scheme of that name. Raises UserError for an unknown one."""
     if name not in SCHEMES:
-        hint = nearest(name, SCHEMES) or f"; use one of {', '.join(SCHEMES)}."
-        raise UserError(f"There is no quantization {name!r}{hint}")
+        hint = nearest(name, SCHEMES) or f"; use one of {', '.join(SCHEMES)}"
+        raise UserError(f"There is no quantization {name!r}{hint}.")
     return SCHEMES[name]
 
 

@@ -257,7 +257,7 @@ def _no_such(name: str) -> NoReturn:
         raise UserError(f"There is no checkpoint {name}; {note}.")
     beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if hint := nearest(name, [*ALIASES, *beside]):
-        raise UserError(f"There is no checkpoint {name}{hint}")
+        raise UserError(f"There is no checkpoint {name}{hint}.")
     raise UserError(
         f"There is no checkpoint {name}: give a path, a Hugging Face Hub id (org/name), or one of the aliases"
         f" {', '.join(ALIASES)}."
