@@ -92,7 +92,7 @@ def random_reader(config: ModelConfig, dtype: torch.dtype, device: str | torch.d
         if len(shapes[name]) == 1:
             full = torch.full(shapes[name], 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
         else:
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+            generator = torch.Generator(device).manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**64)
             full = torch.empty(shapes[name], dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
         return full[index]
 

@@ -119,4 +119,6 @@ def _convert(value: Any, hint: Any) -> Any:
         raise ValueError
     if hint is float and (isinstance(value, str) and not NUMBER.fullmatch(value) or not math.isfinite(float(value))):
         raise ValueError
+    if hint is Path and value == "":  # Path("") would be the working directory
+        raise ValueError
     return Path(str(value)).expanduser() if hint is Path else hint(value)

@@ -31,6 +31,7 @@ OPTION = re.compile(
 )  # "-", "-1.5" and "- a list" are arguments, not options
 WIDTH = 100
 MAX_YAML = 1 << 20  # bytes
+MAX_SEED = 2**63 - 1  # of torch's and numpy's generators alike
 CHECKPOINT = "path, Hugging Face id (org/name) or alias (smollm2-135m-instruct) of a checkpoint"
 
 
@@ -48,6 +49,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     old_values: Mapping[str, str] = field(default_factory=dict)
     minimum: float | None = None
+    maximum: float | None = None
     above: float | None = None
     escapes: bool = False
     writes: Literal["file", "folder", "prefix", "file or folder"] | None = None
@@ -79,18 +81,19 @@ def option(
     aliases: tuple[str, ...] = (),
     old_values: Mapping[str, str] | None = None,
     minimum: float | None = None,
+    maximum: float | None = None,
     above: float | None = None,
     escapes: bool = False,
     writes: str | None = None,
 ) -> Any:
     """A `--named` field; required when `default` is `dataclasses.MISSING`. The help of a flag says what true does.
 
-    `aliases` and `old_values`: former spellings, which still work with a note on stderr. `minimum`, `above`: bounds of
-    a number, or of each number of a list. `escapes`: the command line takes \\n and the like. `writes`: the
+    `aliases` and `old_values`: former spellings, which still work with a note on stderr. `minimum`, `maximum`, `above`:
+    bounds of a number, or of each number of a list. `escapes`: the command line takes \\n and the like. `writes`: the
     kind of path that the verb writes; one that can't be written is refused at once.
     """
-    metadata = {"help": help, "aliases": aliases, "old_values": old_values or {}, "minimum": minimum, "above": above}
-    metadata |= {"escapes": escapes, "writes": writes}
+    metadata = {"help": help, "aliases": aliases, "old_values": old_values or {}, "minimum": minimum}
+    metadata |= {"maximum": maximum, "above": above, "escapes": escapes, "writes": writes}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -328,6 +331,8 @@ def _checked(value: Any, entry: Option, name: str) -> Any:
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             if entry.minimum is not None and number < entry.minimum:
                 raise UserError(f"{name} must be at least {entry.minimum:g}, not {number}")
+            if entry.maximum is not None and number > entry.maximum:
+                raise UserError(f"{name} must be at most {entry.maximum}, not {number}")
             if entry.above is not None and number <= entry.above:
                 raise UserError(f"{name} must be above {entry.above:g}, not {number}")
     return value

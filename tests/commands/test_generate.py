@@ -86,6 +86,7 @@ def test_one_prompt_streams(run, llm):
     want = texts(llm, "Once upon", max_tokens=8)[0]
     assert run("Once upon", "--max-tokens", "8") == (0, want + "\n", "")
     assert run("--max-tokens", "8", stdin="Once upon\n") == (0, want + "\n", "")
+    assert run("--max-tokens", "8", stdin="\ufeffOnce upon\n") == (0, want + "\n", "")
 
 
 def test_chat_applies_the_template(run, llm):

@@ -105,6 +105,13 @@ def test_manifests_take_a_rendezvous(kind):
         (["--nproc", "2"], "needs the verb to run"),
         (["--nproc", "0", "train"], "--nproc must be at least 1, not 0."),
         (["--nnodes", "2", "info", "x"], "needs --rendezvous HOST:PORT"),
+        (
+            ["--nnodes", "2", "--rendezvous", "foo", "info", "x"],
+            "--rendezvous takes HOST:PORT, as node0:29500, not 'foo'",
+        ),
+        (["--rendezvous", "a:b:1", "info", "x"], "--rendezvous takes HOST:PORT"),
+        (["--slurm", "--rendezvous", "http://a:1", "info", "x"], "--rendezvous takes HOST:PORT"),
+        (["--slurm", "--rendezvous", "[fe80::1]:29500", "info", "x"], ""),
         (["--k8s", "info", "x"], "--k8s needs --image"),
         (["--k8s", "--slurm", "info", "x"], "choose one"),
         (["trian", "run.yaml"], "puna has no verb 'trian' (did you mean 'train'?)"),

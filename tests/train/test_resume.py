@@ -58,11 +58,32 @@ def test_a_rewind_goes_on_from_its_own_checkpoints(stores, out, capsys):
 
 
 def test_damaged_checkpoints_of_later_steps_cost_no_new_one(stores, out):
-    damage(out, 1, 2, 3, 4, 5, 6)
-    assert start(stores, out, **{**SHORT, "steps": 3, "checkpoint.keep": 2}) == 0
+    damage(out, 2, 3, 4, 5, 6)
+    assert start(stores, out, **{**SHORT, "steps": 4, "checkpoint.keep": 2}) == 0
     kept = [name for name in steps(out) if name.startswith("step-")]
-    assert kept == ["step-00000001", "step-00000002", "step-00000003"][-len(kept) :] and len(kept) >= 2
-    assert read_manifest(out / "checkpoints/step-00000003").facts["steps"] == 3
+    assert kept == ["step-00000002", "step-00000003", "step-00000004"][-len(kept) :] and len(kept) >= 2
+    assert read_manifest(out / "checkpoints/step-00000004").facts["steps"] == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(stores, out):
+    """Days of training may be in them: that they are given up is the user's decision."""
+    damage(out, 1, 2, 3, 4, 5, 6)
+    before, lines = steps(out), len(read_metrics(out))
+    with pytest.raises(UserError, match="None of the checkpoints in .* can be read: move that folder away"):
+        start(stores, out, **SHORT)
+    assert steps(out) == before and len(read_metrics(out)) == lines
+    shutil.move(out / "checkpoints", out / "damaged")
+    assert start(stores, out, **{**SHORT, "steps": 2}) == 0 and steps(out) == ["step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_of_another_version_is_never_renamed(stores, out):
+    file = out / "checkpoints/step-00000005/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": "puna training checkpoint 2"}))
+    damage(out, 6)
+    before = steps(out)
+    with pytest.raises(UserError, match="step-00000005 was written by another version of puna"):
+        start(stores, out, **SHORT)
+    assert steps(out) == before
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(stores, out):
@@ -100,7 +121,7 @@ def lora_run(stores, tiny_checkpoint, tmp_path_factory):
         ({"lora.rslora": True}, "its lora has rslora False, not True"),
         ({"lora.targets": "q_proj"}, "its lora has targets "),
         ({"lora.modules_to_save": "norm"}, "its lora has modules_to_save "),
-        ({"lora.rank": 0}, "its base belongs to other weights"),
+        ({"lora.rank": 0, "lora.alpha": None}, "its base belongs to other weights"),
         ({"precision": "bf16-mixed"}, "its precision is fp32, not bf16-mixed"),
         ({"optim.state": "bf16"}, "its optimizer state is fp32, not bf16"),
         ({"model.name": "other"}, "its base belongs to other weights"),

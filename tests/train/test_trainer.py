@@ -461,3 +461,11 @@ def test_rows_of_collate_match_the_loader(stores):
     made = trainer(stores[0])
     rows = made.loader.next_batch(4)
     assert torch.equal(torch.cat([b["ids"] for b in made._batches(rows)]), collate(rows)["ids"])
+
+
+@pytest.mark.parametrize("name", ["seed", "data.seed"])
+def test_seeds_have_bounds_and_the_largest_trains(stores, tmp_path, name):
+    for value, says in ((-1, "at least 0, not -1"), (2**63, f"at most {2**63 - 1}, not {2**63}")):
+        with pytest.raises(UserError, match=f"--{name} must be {says}"):
+            start(stores, tmp_path / "run", **{name: value})
+    assert start(stores, tmp_path / "run", **{name: 2**63 - 1}, steps=1) == 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from puna.engine.options import EngineOptions
 from puna.errors import UserError
-from puna.options import CHECKPOINT, argument, option
+from puna.options import CHECKPOINT, MAX_SEED, argument, option
 
 if TYPE_CHECKING:
     from puna.bench.report import Panel, Row
@@ -25,7 +25,7 @@ class BenchOptions(EngineOptions):
     input_len: tuple[int, ...] = option((128, 512), "prompt lengths in tokens", minimum=1)
     output_len: tuple[int, ...] = option((64,), "answer lengths in tokens", minimum=1)
     batch_size: tuple[int, ...] = option((1, 4, 16), "requests at once", minimum=1)
-    seed: int = option(0, "of the random prompts and weights")
+    seed: int = option(0, "of the random prompts and weights", minimum=0, maximum=MAX_SEED)
     json: Path | None = option(None, "also write the table as JSON", writes="file")
     plot: Path | None = option(None, "also draw the table as a PNG", writes="file")
 

@@ -19,7 +19,9 @@ class StatsOptions:
 
     prefix: tuple[str, ...] = argument("prefixes of the data")
     plot: Path | None = option(None, "draw the lengths as a histogram (PNG)", writes="file")
-    seq_len: int | None = option(None, "also count the rows of this length that the samples pack into", minimum=1)
+    seq_len: int | None = option(
+        None, "also count the rows of this length that the samples pack into", minimum=1, maximum=2**31 - 1
+    )
 
 
 def run(options: StatsOptions) -> None:

@@ -17,6 +17,7 @@ from puna.options import convert_all
 if TYPE_CHECKING:
     from puna.engine.outputs import RequestOutput
 
+BOM = b"\xef\xbb\xbf"  # which editors of Windows put before UTF-8 text
 MAX_LINE = 64 << 20  # bytes of a line of input
 ALIASES = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 Line = tuple[str, bytes]  # where it is, and its bytes
@@ -102,7 +103,7 @@ def open_lines(prompts: Sequence[str], file: str | None) -> Iterator[Iterator[Li
     if prompts:
         yield (("The prompt", prompt.encode(errors="surrogateescape")) for prompt in prompts)
     elif not file:
-        yield iter([("stdin", sys.stdin.buffer.read().replace(b"\r\n", b"\n").removesuffix(b"\n"))])
+        yield iter([("stdin", sys.stdin.buffer.read().removeprefix(BOM).replace(b"\r\n", b"\n").removesuffix(b"\n"))])
     elif file == "-":
         yield _lines(sys.stdin.buffer, "stdin")
     else:
@@ -115,7 +116,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
     number = 0
     while line := file.readline(MAX_LINE):
         number += 1
-        content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        content = line.removeprefix(BOM) if number == 1 else line
         if content.strip():
             yield f"line {number} of {name}", content.rstrip(b"\r\n")
         while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):

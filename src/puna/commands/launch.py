@@ -6,6 +6,7 @@ A wrapper of torchrun and its flags, which the manifests share.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from puna.cluster.torchrun import run_ranks, threads_per_rank, torchrun_argument
 from puna.commands import command, split_verb
 from puna.errors import UserError
 from puna.options import argument, option, parse
+
+ENDPOINT = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")  # HOST:PORT, [IPv6]:PORT
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,8 @@ def run(options: LaunchOptions) -> int:
         raise UserError("--slurm and --k8s are two manifests: choose one.")
     if options.k8s and options.image is None:
         raise UserError("--k8s needs --image, a container image with puna.")
+    if options.rendezvous is not None and not ENDPOINT.fullmatch(options.rendezvous):
+        raise UserError(f"--rendezvous takes HOST:PORT, as node0:29500, not {options.rendezvous!r:.200}.")
     manifest_only = options.slurm or options.k8s
     check_command(options.command, files_are_here=not manifest_only)
     if manifest_only:

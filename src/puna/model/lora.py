@@ -85,7 +85,7 @@ def initial(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = t
     """
     if name.endswith(".adapter.b"):
         return torch.zeros(shape, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**64)
     bound = shape[1] ** -0.5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(dtype)
 

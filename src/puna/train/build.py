@@ -218,6 +218,11 @@ def resume(options: TrainOptions, trainer: Trainer, checkpoints: CheckpointManag
             f"{options.out} holds checkpoints of its own beside those of {path.parent}: give --resume auto to go on"
             " with them, or choose another --out."
         )
+    if saved is None and checkpoints.steps():
+        raise UserError(
+            f"None of the checkpoints in {checkpoints.folder} can be read: move that folder away to start again at"
+            " step 1, or choose another --out."
+        )
     changed = [] if saved is None else trainer.resume(checkpoints, saved)
     checkpoints.retire(trainer.step_number)
     if saved is not None and trainer.strategy.is_first:

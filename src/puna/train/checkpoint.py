@@ -62,7 +62,7 @@ class _Pending:
 class CheckpointManager:
     """Saves, finds, loads and rotates the checkpoints in `folder`, which all ranks must share.
 
-    Keeps the newest `keep` and the one with the lowest validation loss. Every method is a collective. One process
+    Keeps the newest `keep` and the one with the lowest validation loss. Methods are collectives. One process
     group at a time may use a folder (`run_folder.lock`): opening it removes the remains of an interrupted save.
     """
 
@@ -136,7 +136,7 @@ class CheckpointManager:
 
     def newest(self) -> SavedCheckpoint | None:
         """The newest complete checkpoint, None without one. Reports damaged ones on stderr, with the reason."""
-        steps = sorted(self._steps(), reverse=True) if self.rank == 0 else []
+        steps = sorted(self.steps(), reverse=True) if self.rank == 0 else []
         for step in self._gather(steps)[0]:
             path = self.folder / _name(step)
             try:
@@ -150,10 +150,18 @@ class CheckpointManager:
         """Rename the checkpoints after `step`, so that resuming and rotation ignore them.
 
         The resumed run trains those steps again. Damaged checkpoints are renamed too; their files are not changed.
+        Raises UserError for a checkpoint of another program or version, and renames nothing then.
         """
+        for number in self.steps():
+            if number > step and _is_foreign(self.folder / _name(number)):
+                raise UserError(
+                    f"{self.folder / _name(number)} was written by another version of puna or another program, and"
+                    " this run would reach its step: move it away, or choose another --out."
+                )
+        self._barrier()
         if self.rank == 0:
             names = []
-            for number in sorted(later for later in self._steps() if later > step):
+            for number in sorted(later for later in self.steps() if later > step):
                 target = self.folder / f"retired-{number:08d}"
                 copy = 1
                 while target.exists():
@@ -239,7 +247,7 @@ class CheckpointManager:
     def _complete(self) -> list[SavedCheckpoint]:
         """The checkpoints with a readable manifest and files of the listed sizes."""
         found = []
-        for step in self._steps():
+        for step in self.steps():
             path = self.folder / _name(step)
             try:
                 saved = read_manifest(path)
@@ -249,7 +257,8 @@ class CheckpointManager:
                 continue
         return found
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints in the folder, damaged ones too; in no order, and not a collective."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return [int(name) for name in names if name.isdigit()]
 
@@ -294,6 +303,16 @@ def read_manifest(path: Path) -> SavedCheckpoint:
             f"{path} is damaged, or a checkpoint of another version of puna: its {MANIFEST} can't be read."
         ) from None
     return saved
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the manifest of a checkpoint is intact, and not one of this format."""
+    file = path / MANIFEST
+    try:
+        content = json.loads(file.read_bytes()) if file.stat().st_size <= MAX_MANIFEST else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return not (isinstance(content, dict) and content.get("format") == FORMAT)
 
 
 def _differs(path: Path, wanted: dict[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from puna.model.lora_options import LoraOptions
-from puna.options import group, option
+from puna.options import MAX_SEED, group, option
 from puna.parallel.mesh import MeshOptions
 
 Precision = Literal["bf16-mixed", "bf16", "fp16-mixed", "fp32", "fp64"]
@@ -35,7 +35,7 @@ class TrainDataOptions:
     seq_len: int = option(2048, "tokens per row", minimum=1)
     packing: Literal["best_fit", "concat", "none"] = option("best_fit", "how samples are packed into rows")
     long: Literal["error", "cut", "drop"] = option("error", "treatment of samples longer than a row")
-    seed: int = option(0, "seed of the shuffle")
+    seed: int = option(0, "seed of the shuffle", minimum=0, maximum=MAX_SEED)
 
 
 @dataclass(kw_only=True)
@@ -125,7 +125,7 @@ class TrainOptions:
     compile: bool = option(False, "compile the model's blocks (torch.compile)")
     loss_chunk: int = option(1024, "tokens per chunk of the loss; only their logits are in memory", minimum=1)
     device: str = option("auto", "cpu or cuda; auto takes a GPU when there is one")
-    seed: int = option(0, "seed of random weights and dropout")
+    seed: int = option(0, "seed of random weights and dropout", minimum=0, maximum=MAX_SEED)
     resume: str = option("auto", "auto: from the newest complete checkpoint in `out`; never; or the path of one")
     on_nan: Literal["stop", "skip"] = option("stop", "action after a step with a non-finite loss or gradient")
     max_skipped: int = option(10, "with on_nan skip: stop after this many skipped steps in a row", minimum=1)

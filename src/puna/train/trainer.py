@@ -275,7 +275,8 @@ class Trainer:
         position = (
             self.strategy.data_rank * self.strategy.options.cp + self.strategy.cp_rank
         ) * self.strategy.options.pp
-        torch.manual_seed((self.options.seed * 1_000_003 + step) * 65_537 + position + self.strategy.pp_rank)
+        seed = (self.options.seed * 1_000_003 + step) * 65_537 + position + self.strategy.pp_rank
+        torch.manual_seed(seed % 2**64)
 
     def _rescale(self, updated: bool) -> None:
         """Dynamic loss scaling for float16, by the rule of torch.amp.GradScaler."""
