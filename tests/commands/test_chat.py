@@ -109,13 +109,13 @@ def test_a_message_that_cannot_fit(capsys):
 
 
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(capsys):
-    parrot = Parrot()
+    parrot, handler = Parrot(), signal.getsignal(signal.SIGINT)
     parrot.press = 2
     talk("hello", "b", parrot=parrot, terminal=True)
     out, err = capsys.readouterr()
     assert out == "HEL\nB\n" and "[stopped]" in err
     assert parrot.asked[1] == ["user: hello", "assistant: HEL", "user: b"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_ends_a_piped_chat():
