@@ -57,7 +57,7 @@ def test_python_runs(page, desk):
 
 
 STEP = re.compile(
-    r"<!-- (file|in): (\S+?)(?:, (after|replace): (.*?))? -->\n```py\n(.*?)^```|^```sh\n(.*?)^```",
+    r"<!-- (file|in): (\S+?)(?:, (after|replace): (.*?))? -->\n```(?:py|text)\n(.*?)^```|^```sh\n(.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
 
