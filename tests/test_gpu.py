@@ -111,7 +111,7 @@ def test_int8_on_the_gpu():
     assert (logits(quantised, ids.cuda()).double().cpu() - logits(exact, ids)).abs().max() < 1e-4
 
 
-def decode(runner, prompts, steps, dtype=torch.float64):
+def decode(runner, prompts, steps):
     """Greedy tokens of each prompt, all in one batch, and the last logits."""
     params = SamplingParams(max_tokens=steps)
     sequences = [Sequence(list(prompt), len(prompt), 256, 0) for prompt in prompts]
